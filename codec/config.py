@@ -1,0 +1,433 @@
+"""Configuration: one YAML file an experiment, spelled out whole, read into frozen dataclasses.
+
+A section of the file is a dataclass here. An unknown key fails and names the nearest valid one.
+`--set train.seed=1` overrides single values (list items by index: `phases.0.steps=100`).
+"""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+# ----------------------------------------------------------------------------- model
+
+
+@dataclass(frozen=True)
+class ConvEncoderConfig:
+    type: Literal["conv"]
+    encoder_dim: int  # channels after the first convolution; doubles at every stride
+    strides: tuple[int, ...]
+    dilations: tuple[int, ...] = (1, 3, 9)  # one residual unit each
+    causal: bool = False
+
+    @property
+    def hop_length(self) -> int:
+        return math.prod(self.strides)
+
+
+@dataclass(frozen=True)
+class ConvDecoderConfig:
+    type: Literal["conv"]
+    decoder_dim: int  # channels after the first convolution; halves at every stride
+    strides: tuple[int, ...]
+    dilations: tuple[int, ...] = (1, 3, 9)
+    causal: bool = False
+
+    @property
+    def hop_length(self) -> int:
+        return math.prod(self.strides)
+
+
+@dataclass(frozen=True)
+class SpectralConfig:
+    """Both spectral bodies: STFT in (encoder) or inverse STFT out (decoder), ConvNeXt at frame rate."""
+
+    type: Literal["spectral"]
+    n_fft: int
+    hop_length: int
+    dim: int
+    n_blocks: int
+    expansion: int = 3
+    kernel_size: int = 7
+
+
+@dataclass(frozen=True)
+class EMAQuantizerConfig:
+    """Euclidean residual VQ, codebooks by exponential moving average."""
+
+    type: Literal["ema"]
+    n_codebooks: int
+    codebook_size: int
+    codebook_dim: int  # lookup width; one projection in and out where it differs from latent_dim
+    decay: float = 0.99
+    dead_threshold: float = 0.1  # a code is dead below this share of its uniform use
+    kmeans_frames: int = 16384  # latent frames gathered for the k-means start
+    dropout: float = 0.0  # share of items of a batch that use a random number of codebooks
+
+
+@dataclass(frozen=True)
+class FactorizedQuantizerConfig:
+    """DAC's residual VQ: low-dimensional L2-normalised lookup, codebooks by gradient."""
+
+    type: Literal["factorized"]
+    n_codebooks: int
+    codebook_size: int
+    codebook_dim: int
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    sample_rate: int
+    latent_dim: int
+    encoder: ConvEncoderConfig | SpectralConfig
+    quantizer: EMAQuantizerConfig | FactorizedQuantizerConfig
+    decoder: ConvDecoderConfig | SpectralConfig
+
+
+# -------------------------------------------------------------------- discriminators
+
+
+@dataclass(frozen=True)
+class MSDConfig:
+    type: Literal["msd"]
+    n_scales: int = 3
+
+
+@dataclass(frozen=True)
+class MPDConfig:
+    type: Literal["mpd"]
+    periods: tuple[int, ...] = (2, 3, 5, 7, 11)
+    channels: tuple[int, ...] = (32, 128, 512, 1024, 1024)
+
+
+@dataclass(frozen=True)
+class MRDConfig:
+    type: Literal["mrd"]
+    windows: tuple[int, ...] = (2048, 1024, 512)
+    channels: int = 32
+
+
+@dataclass(frozen=True)
+class MSSTFTConfig:
+    type: Literal["msstft"]
+    windows: tuple[int, ...] = (2048, 1024, 512, 256, 128)
+    channels: int = 32
+
+
+@dataclass(frozen=True)
+class DiscriminatorsConfig:
+    sets: tuple[MSDConfig | MPDConfig | MRDConfig | MSSTFTConfig, ...]
+    normalize_input: bool = False  # DAC: no DC, peak 0.8
+
+
+# ----------------------------------------------------------------- losses, optimizers
+
+
+@dataclass(frozen=True)
+class LossesConfig:
+    """How each loss is computed. How much it counts is in `loss_weights`."""
+
+    adversarial: Literal["hinge", "least_squares", "bce"] = "hinge"
+    feat_relative: bool = False
+    mel_windows: tuple[int, ...] = (32, 64, 128, 256, 512, 1024, 2048)
+    mel_bins: tuple[int, ...] = (5, 10, 20, 40, 80, 160, 320)
+    msspec_windows: tuple[int, ...] = (64, 128, 256, 512, 1024)
+    balancer: bool = False  # weights become shares of the gradient at the output; vq stays outside
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    adv: float = 0.0
+    feat: float = 0.0
+    wave: float = 0.0
+    scale: float = 0.0
+    mel: float = 0.0
+    msspec: float = 0.0
+    commit: float = 0.0
+    codebook: float = 0.0
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    lr_g: float
+    lr_d: float
+    betas: tuple[float, float] = (0.8, 0.99)
+    weight_decay: float = 0.01  # on matrices and kernels only, not on biases, gains and snake alphas
+    schedule: Literal["constant", "exponential", "cosine"] = "constant"
+    gamma: float = 0.999996  # per step, exponential only
+    min_lr_ratio: float = 0.0  # where the cosine ends, as a share of lr
+    warmup_steps: int = 0
+    max_grad_norm_g: float = 1000.0
+    max_grad_norm_d: float = 10.0
+
+
+# ---------------------------------------------------------------------- data, training
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    manifest: str
+    segment_samples: int
+    batch_size: int  # segments per update, all ranks together
+    segments_per_epoch: int
+    speaker_balanced: bool = False  # False: every second of audio is as likely as any other
+    n_workers: int = 2  # loader processes per rank
+    val_segments: int = 64
+    val_segment_samples: int = 0  # 0: as segment_samples
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    seed: int = 0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    compile: bool = False
+    log_every: int = 20
+    val_every: int = 1000
+    checkpoint_every: int = 1000
+    keep_last: int = 3
+    max_minutes: float = 0.0  # 0: no limit; else save and leave after this long
+    max_skipped_in_row: int = 10  # non-finite updates in a row that stop the run
+
+
+@dataclass(frozen=True)
+class PhaseConfig:
+    name: str
+    steps: int
+    set: dict[str, Any] = field(default_factory=dict)  # dotted keys under loss_weights and optim
+
+
+@dataclass(frozen=True)
+class Config:
+    name: str
+    model: ModelConfig
+    discriminators: DiscriminatorsConfig
+    losses: LossesConfig
+    loss_weights: LossWeights
+    optim: OptimConfig
+    data: DataConfig
+    train: TrainConfig
+    phases: tuple[PhaseConfig, ...]
+
+    @property
+    def total_steps(self) -> int:
+        return sum(phase.steps for phase in self.phases)
+
+
+# ------------------------------------------------------------------------ reading YAML
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice; PyYAML would silently keep the last."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise ValueError(f"line {node.start_mark.line + 1}: key '{key}' stands twice; keep one")
+        return super().construct_mapping(node, deep=deep)
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read a YAML file, apply `a.b=c` overrides, check everything.
+
+    Args:
+        path: the YAML file.
+        overrides: items such as `train.seed=1`; values are YAML, list items go by index.
+    Raises:
+        ValueError: one line that names file, key, what was found, what was expected.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such config file; see configs/ for examples")
+    return parse_config(path.read_text(), str(path), overrides)
+
+
+def parse_config(text: str, where: str, overrides: list[str] | None = None) -> Config:
+    """As `load_config`, from the text of a YAML file; `where` names it in errors."""
+    try:
+        raw = yaml.load(text, Loader=_StrictLoader)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{where}: is {type(raw).__name__}, expected sections such as model: and data:")
+    for item in overrides or []:
+        _override(raw, item)
+    config = _build(Config, raw, where, "")
+    _validate(config, where)
+    return config
+
+
+def to_dict(config: Any) -> dict:
+    """A (part of a) config as plain dicts, lists and scalars: what YAML and JSON can hold."""
+    return _plain(dataclasses.asdict(config))
+
+
+def dump_config(config: Config) -> str:
+    """The resolved config as YAML text; `parse_config` of it gives an equal config."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def model_config(raw: dict, where: str) -> ModelConfig:
+    """The `model` section alone, as a checkpoint holds it, from plain dicts."""
+    return _build(ModelConfig, raw, where, "model.")
+
+
+def phase_config(config: Config, index: int) -> Config:
+    """The config as phase `index` changes it. Overrides are per phase, not cumulative."""
+    raw = to_dict(config)
+    for key, value in config.phases[index].set.items():
+        section, name = key.split(".")
+        raw[section][name] = value
+    return _build(Config, raw, f"phase '{config.phases[index].name}'", "")
+
+
+def phase_at(config: Config, step: int) -> int:
+    """Index of the phase that holds update number `step` (from 0)."""
+    end = 0
+    for index, phase in enumerate(config.phases):
+        end += phase.steps
+        if step < end:
+            return index
+    return len(config.phases) - 1
+
+
+def _plain(value):
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _override(raw: dict, item: str) -> None:
+    key, equals, text = item.partition("=")
+    if not equals or not key:
+        raise ValueError(f"--set {item}: expected key=value, for example train.seed=1")
+    node, parts = raw, key.split(".")
+    try:
+        for part in parts[:-1]:
+            node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
+        last = int(parts[-1]) if isinstance(node, list) else parts[-1]
+        node[last] = yaml.safe_load(text)
+    except (ValueError, IndexError, TypeError, AttributeError, yaml.YAMLError):
+        raise ValueError(f"--set {item}: no such place in the config; keys look like data.batch_size") from None
+
+
+def _build(kind: type, raw: Any, where: str, prefix: str) -> Any:
+    """A dataclass from a dict, every key and type checked; `prefix` is the dotted path so far."""
+    if not isinstance(raw, dict):
+        raise ValueError(f"{where}: {prefix.rstrip('.')}={raw!r}, expected a section with keys")
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    for key in raw:
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, 1, 0.5)
+            mend = f"did you mean {prefix}{near[0]}?" if near else f"valid: {', '.join(fields)}"
+            raise ValueError(f"{where}: {prefix}{key} is not a known key; {mend}")
+    hints, values = typing.get_type_hints(kind), {}
+    for name, f in fields.items():
+        if name in raw:
+            values[name] = _convert(hints[name], raw[name], where, prefix + name)
+        elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            raise ValueError(f"{where}: {prefix}{name} is missing; add it")
+    return kind(**values)
+
+
+def _convert(hint: Any, value: Any, where: str, key: str) -> Any:
+    """`value` as the annotated type, or a one-line error."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, where, key + ".")
+    if origin in (types.UnionType, typing.Union):
+        return _build(_variant(args, value, where, key), value, where, key + ".")
+    if origin is Literal and value in args:
+        return value
+    if origin is tuple and isinstance(value, list):
+        item_hints = args[:1] * len(value) if args[-1] is Ellipsis else args
+        if len(item_hints) == len(value):
+            return tuple(_convert(h, v, where, f"{key}.{i}") for i, (h, v) in enumerate(zip(item_hints, value)))
+    if origin is dict and isinstance(value, dict):
+        return value
+    if hint in (bool, str) and isinstance(value, hint):
+        return value
+    if hint is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if hint is float and not isinstance(value, bool):
+        try:
+            return float(value)  # also "1e-4", which YAML 1.1 reads as a string
+        except (TypeError, ValueError):
+            pass
+    expected = " | ".join(map(str, args)) if origin is Literal else getattr(hint, "__name__", str(hint))
+    raise ValueError(f"{where}: {key}={value!r}, expected {'list' if origin is tuple else expected}")
+
+
+def _variant(kinds: tuple[type, ...], value: Any, where: str, key: str) -> type:
+    """The dataclass of a union whose `type:` is the given one."""
+    by_type = {typing.get_args(typing.get_type_hints(kind)["type"])[0]: kind for kind in kinds}
+    chosen = value.get("type") if isinstance(value, dict) else None
+    if chosen not in by_type:
+        raise ValueError(f"{where}: {key}.type={chosen!r}, expected {' | '.join(by_type)}")
+    return by_type[chosen]
+
+
+# -------------------------------------------------------------------------- validation
+
+
+def _validate(config: Config, where: str) -> None:
+    """Rules that span keys."""
+    model, data = config.model, config.data
+    hop = model.encoder.hop_length
+    if model.decoder.hop_length != hop:
+        raise ValueError(f"{where}: model.decoder has hop_length {model.decoder.hop_length}, model.encoder {hop}; "
+                         "make them equal")  # fmt: skip
+    for key in ("segment_samples", "val_segment_samples"):
+        samples = getattr(data, key)
+        if samples % hop or (samples <= 0 and key == "segment_samples"):
+            low = max(samples // hop, 1) * hop
+            raise ValueError(f"{where}: data.{key}={samples} is not a multiple of hop_length={hop}; "
+                             f"try {low} or {low + hop}")  # fmt: skip
+    for key, value in [("data.batch_size", data.batch_size), ("data.segments_per_epoch", data.segments_per_epoch),
+                       ("model.quantizer.n_codebooks", model.quantizer.n_codebooks), ("phases", len(config.phases)),
+                       ("train.log_every", config.train.log_every), ("train.val_every", config.train.val_every),
+                       ("train.checkpoint_every", config.train.checkpoint_every),
+                       ("train.keep_last", config.train.keep_last)]:  # fmt: skip
+        if value < 1:
+            raise ValueError(f"{where}: {key}={value}, expected at least 1")
+    if data.segments_per_epoch < data.batch_size:
+        raise ValueError(f"{where}: data.segments_per_epoch={data.segments_per_epoch} is less than one batch of "
+                         f"{data.batch_size}; an epoch wants hundreds of updates: try {1000 * data.batch_size}")  # fmt: skip
+    if model.quantizer.codebook_size < 2:
+        raise ValueError(f"{where}: model.quantizer.codebook_size={model.quantizer.codebook_size}, expected at least 2")
+    if len(config.losses.mel_windows) != len(config.losses.mel_bins):
+        raise ValueError(f"{where}: losses.mel_windows has {len(config.losses.mel_windows)} items, losses.mel_bins "
+                         f"{len(config.losses.mel_bins)}; they go in pairs")  # fmt: skip
+    for index in range(len(config.phases)):
+        _validate_phase(config, index, where)
+
+
+def _validate_phase(config: Config, index: int, where: str) -> None:
+    phase = config.phases[index]
+    if phase.steps < 0:
+        raise ValueError(f"{where}: phases.{index}.steps={phase.steps}, expected 0 or more")
+    allowed = [f"{section}.{f.name}" for section, kind in [("loss_weights", LossWeights), ("optim", OptimConfig)]
+               for f in dataclasses.fields(kind)]  # fmt: skip
+    for key in phase.set:
+        if key not in allowed:
+            near = difflib.get_close_matches(key, allowed, 1, 0.0)[0]
+            raise ValueError(f"{where}: phases.{index}.set.{key} cannot change between phases; "
+                             f"loss_weights.* and optim.* can: did you mean {near}?")  # fmt: skip
+    resolved = phase_config(config, index)
+    weights = resolved.loss_weights
+    if not any(dataclasses.astuple(weights)):
+        raise ValueError(f"{where}: phase '{phase.name}' has no loss with a weight above 0; set loss_weights")
+    if (weights.adv or weights.feat) and not config.discriminators.sets:
+        raise ValueError(f"{where}: phase '{phase.name}' weighs adv or feat, but discriminators.sets is empty; name some")
+    if weights.codebook and config.model.quantizer.type == "ema":
+        raise ValueError(f"{where}: loss_weights.codebook={weights.codebook}, but EMA codebooks take no gradient; "
+                         "set it to 0 (commit stays)")  # fmt: skip
