@@ -1,0 +1,72 @@
+"""Encoders: wav [B, 1, T] to latent z [B, D, T / hop_length]. They neither pad, trim nor quantize."""
+
+import torch
+from torch import Tensor, nn
+
+from codec.config import ConvEncoderConfig, SpectralConfig
+from codec.layers import ConvNeXtBlock, PaddedConv1d, ResidualUnit, Snake, reach_in_samples, stft_frames
+
+
+class ConvEncoder(nn.Module):
+    """Strided convolutions with dilated residual units; the width doubles at every stride.
+
+    Source: Kumar et al. 2023 (DAC), whose layer order this follows.
+    """
+
+    def __init__(self, config: ConvEncoderConfig, latent_dim: int):
+        super().__init__()
+        dim, causal = config.encoder_dim, config.causal
+        layers = [PaddedConv1d(1, dim, 7, causal=causal)]
+        for stride in config.strides:
+            layers += [ResidualUnit(dim, dilation, causal) for dilation in config.dilations]
+            layers += [Snake(dim), PaddedConv1d(dim, 2 * dim, 2 * stride, stride, causal=causal)]
+            dim *= 2
+        layers += [Snake(dim), PaddedConv1d(dim, latent_dim, 3, causal=causal)]
+        self.layers = nn.Sequential(*layers)
+
+    @property
+    def reach_samples(self) -> float:
+        """Receptive field in samples, minus 1."""
+        return reach_in_samples(self)
+
+    def forward(self, wav: Tensor) -> Tensor:
+        """wav [B, 1, T], T a multiple of hop_length, to z [B, D, T / hop_length]."""
+        return self.layers(wav)
+
+
+class SpectralEncoder(nn.Module):
+    """Complex STFT in, ConvNeXt blocks at frame rate: a small fraction of a convolutional encoder's work.
+
+    The spectrum enters as real and imaginary part, its magnitude compressed by a square root.
+    """
+
+    def __init__(self, config: SpectralConfig, latent_dim: int):
+        super().__init__()
+        self.n_fft, self.hop_length = config.n_fft, config.hop_length
+        self.register_buffer("window", torch.hann_window(config.n_fft), persistent=False)
+        self.embed = nn.Linear(config.n_fft + 2, config.dim)
+        self.norm_in = nn.LayerNorm(config.dim)
+        self.blocks = nn.Sequential(
+            *[ConvNeXtBlock(config.dim, config.expansion, config.kernel_size, 1 / config.n_blocks)
+              for _ in range(config.n_blocks)]
+        )  # fmt: skip
+        self.norm_out = nn.LayerNorm(config.dim)
+        self.to_latent = nn.Linear(config.dim, latent_dim)
+
+    @property
+    def reach_samples(self) -> float:
+        """Receptive field in samples, minus 1."""
+        return self.n_fft - 1 + reach_in_samples(self.blocks) * self.hop_length
+
+    def forward(self, wav: Tensor) -> Tensor:
+        """wav [B, 1, T], T a multiple of hop_length, to z [B, D, T / hop_length]."""
+        spectrum = stft_frames(wav[:, 0], self.n_fft, self.hop_length, self.window)
+        compressed = spectrum * (spectrum.abs() + 1e-5).rsqrt()
+        x = torch.cat([compressed.real, compressed.imag], dim=1).transpose(1, 2)  # [B, T', n_fft + 2]
+        x = self.blocks(self.norm_in(self.embed(x)))
+        return self.to_latent(self.norm_out(x)).transpose(1, 2)
+
+
+def build_encoder(config: ConvEncoderConfig | SpectralConfig, latent_dim: int) -> ConvEncoder | SpectralEncoder:
+    """The encoder that `encoder.type` names."""
+    return (ConvEncoder if config.type == "conv" else SpectralEncoder)(config, latent_dim)

@@ -1,0 +1,133 @@
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from codec.decoder import ScaledTanh
+from codec.layers import (
+    PaddedConv1d,
+    PaddedConvTranspose1d,
+    ResidualUnit,
+    istft_frames,
+    remove_weight_norm,
+    snake,
+    stft_frames,
+)
+
+
+def plain_snake(x, alpha):
+    return x + torch.sin(alpha * x) ** 2 / alpha
+
+
+def test_fused_snake_has_the_value_and_both_gradients_of_the_plain_formula():
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 40, requires_grad=True)
+    alpha = (torch.rand(1, 5, 1) * 3 + 0.1).requires_grad_()
+    weight = torch.randn(2, 5, 40)
+    fused = torch.autograd.grad((snake(x, alpha) * weight).sum(), (x, alpha))
+    plain = torch.autograd.grad((plain_snake(x, alpha) * weight).sum(), (x, alpha))
+    torch.testing.assert_close(snake(x, alpha), plain_snake(x, alpha))
+    torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_fused_snake_keeps_one_tensor_of_the_input_size_where_the_plain_one_keeps_more():
+    x, alpha = torch.randn(1, 3, 1000, requires_grad=True), torch.ones(1, 3, 1, requires_grad=True)
+
+    def saved_bytes(function):
+        sizes = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: sizes.update({t.data_ptr(): t.numel() * 4}) or t, lambda t: t
+        ):
+            function(x, alpha)
+        return sum(sizes.values())
+
+    assert saved_bytes(snake) <= x.numel() * 4 + alpha.numel() * 4
+    assert saved_bytes(plain_snake) >= 2 * x.numel() * 4
+
+
+def test_snake_returns_bfloat16_for_bfloat16_and_is_accurate_for_large_inputs():
+    x, alpha = torch.linspace(-40, 40, 999).view(1, 1, -1), torch.full((1, 1, 1), 3.0)
+    y = snake(x.bfloat16(), alpha)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), plain_snake(x.bfloat16().float(), alpha), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["symmetric", "causal"])
+@pytest.mark.parametrize("stride", [1, 2, 3, 4, 5, 8])
+def test_strided_and_transposed_convolutions_give_exact_lengths(stride, causal):
+    x = torch.randn(1, 2, 15 * stride)
+    down = PaddedConv1d(2, 3, 2 * stride if stride > 1 else 7, stride, causal=causal)(x)
+    assert down.shape == (1, 3, 15)
+    if stride > 1:
+        assert PaddedConvTranspose1d(3, 2, stride, causal)(down).shape == (1, 2, 15 * stride)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [PaddedConv1d(2, 2, 7, dilation=3, causal=True), PaddedConv1d(2, 2, 6, 3, causal=True),
+     PaddedConvTranspose1d(2, 2, 3, causal=True), ResidualUnit(2, 3, causal=True)],
+    ids=["dilated", "strided", "transposed", "unit"],
+)  # fmt: skip
+def test_causal_layers_do_not_look_ahead_and_symmetric_ones_do(module):
+    torch.manual_seed(0)
+    x = torch.randn(1, 2, 60)
+    changed = x.clone()
+    changed[..., 30:] += 1.0
+    difference = (module(x) - module(changed)).abs().amax(1)[0]
+    first_changed = int(difference.nonzero()[0])
+    assert first_changed >= 30 * difference.shape[0] // 60
+    symmetric = PaddedConv1d(2, 2, 7, dilation=3)
+    assert (symmetric(x) - symmetric(changed))[..., :30].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("n_fft, hop", [(1280, 320), (640, 320), (400, 160), (500, 200), (96, 60)])
+def test_inverse_stft_restores_the_waveform(n_fft, hop):
+    torch.manual_seed(0)
+    wav, window = torch.randn(2, 10 * hop), torch.hann_window(n_fft)
+    spectrum = stft_frames(wav, n_fft, hop, window)
+    assert spectrum.shape == (2, n_fft // 2 + 1, 10)
+    restored = istft_frames(spectrum, n_fft, hop, window)
+    if n_fft > 1.9 * hop:
+        torch.testing.assert_close(restored, wav, rtol=1e-3, atol=1e-3)
+    else:  # the edges are seen by the window's foot only
+        torch.testing.assert_close(restored[:, hop:-hop], wav[:, hop:-hop], rtol=1e-3, atol=1e-3)
+
+
+def test_stft_frames_equal_a_numpy_computation():
+    wav, window = torch.randn(1, 640), torch.hann_window(64)
+    padded = np.pad(wav[0].numpy(), (24, 24))
+    expected = np.stack([np.fft.rfft(padded[i * 16 : i * 16 + 64] * window.numpy()) for i in range(40)], 1)
+    np.testing.assert_allclose(stft_frames(wav, 64, 16, window)[0].numpy(), expected, atol=1e-4)
+
+
+def test_stft_stays_in_float32_under_half_precision_autocast():
+    wav, window = torch.randn(1, 640), torch.hann_window(64)
+    with torch.autocast("cpu", torch.bfloat16):
+        spectrum = stft_frames(wav.bfloat16(), 64, 16, window)
+    assert spectrum.dtype == torch.complex64
+
+
+def test_folding_weight_norm_changes_no_output():
+    torch.manual_seed(0)
+    module = nn.Sequential(ResidualUnit(4, 3), PaddedConvTranspose1d(4, 2, 3))
+    x = torch.randn(1, 4, 30)
+    before = module(x)
+    n_tensors = len(module.state_dict())
+    remove_weight_norm(module)
+    torch.testing.assert_close(module(x), before)
+    assert len(module.state_dict()) < n_tensors
+
+
+def test_output_scale_starts_at_one_and_tanh_comes_after_it():
+    head = ScaledTanh()
+    assert head.output_scale.item() == 1.0
+    x = torch.linspace(-9, 9, 50)
+    torch.testing.assert_close(head(x), torch.tanh(x))
+    with torch.no_grad():
+        head.output_scale.fill_(3.0)
+    assert head(x).abs().max() <= 1.0
+
+    def scale_after_tanh(x, scale):  # the prescribed order that left [-1, 1] and died
+        return scale * torch.tanh(x)
+
+    assert scale_after_tanh(x, 3.0).abs().max() > 2.9
