@@ -1,0 +1,250 @@
+"""Residual vector quantizers: Euclidean with EMA codebooks, and DAC's factorised form with learnt codebooks."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+
+from codec import distributed
+from codec.config import EMAQuantizerConfig, FactorizedQuantizerConfig
+
+LAPLACE_EPSILON = 1e-5
+REVIVALS_PER_STEP = 128  # dead codes replaced in one update, per codebook
+
+
+class QuantizerOutput(NamedTuple):
+    z_q: Tensor  # [B, D, T'], straight-through
+    codes: Tensor  # [B, N, T'], int64
+    commit: Tensor  # scalar, averaged over B, T', width and N; gradient to the encoder
+    codebook: Tensor  # scalar, averaged likewise; gradient to learnt codebooks, none to EMA ones
+    residuals: Tensor | None  # [N, B, T', codebook_dim], detached: what each codebook was asked to code (EMA)
+    active: Tensor  # [B, N], 1 where the item uses the codebook (quantizer dropout)
+
+
+def nearest(x: Tensor, codebook: Tensor) -> Tensor:
+    """Index of the nearest entry by Euclidean distance.
+
+    Args:
+        x: [..., D].
+        codebook: [K, D].
+    Returns:
+        [...], int64.
+    """
+    # |x - e|² without |x|², which does not change the order
+    distance = torch.addmm(codebook.square().sum(1), x.reshape(-1, x.shape[-1]), codebook.T, alpha=-2)
+    return distance.argmin(1).view(x.shape[:-1])
+
+
+def draw_active(batch_size: int, n_codebooks: int, dropout: float, device: torch.device) -> Tensor:
+    """Quantizer dropout: a share `dropout` of the items uses a random number of codebooks, 1 to N.
+
+    Returns:
+        [B, N] of 0 and 1, a prefix of ones in every row.
+    Source: Zeghidour et al. 2021 (SoundStream), section III-C; per item as in DAC.
+    """
+    count = torch.randint(1, n_codebooks + 1, (batch_size,))
+    count[torch.rand(batch_size) >= dropout] = n_codebooks
+    return (torch.arange(n_codebooks) < count[:, None]).float().to(device)
+
+
+def kmeans(x: Tensor, k: int, generator: torch.Generator, n_iterations: int = 10) -> tuple[Tensor, Tensor]:
+    """Lloyd's algorithm from random points; an empty cluster moves to a random point.
+
+    Args:
+        x: [M, D].
+    Returns:
+        means [k, D] and counts [k] of the points nearest to each.
+    """
+    picks = torch.randint(len(x), (k,), generator=generator) if len(x) < k else torch.randperm(
+        len(x), generator=generator)[:k]  # fmt: skip
+    means = x[picks.to(x.device)].clone()
+    for iteration in range(n_iterations + 1):
+        codes = nearest(x, means)
+        counts = torch.bincount(codes, minlength=k).to(x.dtype)
+        if iteration == n_iterations:
+            return means, counts
+        sums = torch.zeros_like(means).index_add_(0, codes, x)
+        spare = x[torch.randint(len(x), (k,), generator=generator).to(x.device)]
+        means = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], spare)
+
+
+class EMAResidualVQ(nn.Module):
+    """Residual VQ whose codebooks follow the data by exponential moving average.
+
+    Codebooks are buffers: no optimizer and no weight decay touches them. `forward` never changes them;
+    training calls `update_codebooks` once an update, with what `forward` returned.
+
+    Source: van den Oord et al. 2017, appendix A.1 (EMA); Zeghidour et al. 2021 (residual VQ, k-means start,
+    dead codes). Departure: the straight-through estimator is per step with a residual of its own, so that
+    every prefix of codebooks passes gradient exactly 1 and every commitment term has a gradient.
+    """
+
+    def __init__(self, config: EMAQuantizerConfig, latent_dim: int):
+        super().__init__()
+        self.config = config
+        n, k, d = config.n_codebooks, config.codebook_size, config.codebook_dim
+        projected = d != latent_dim
+        self.project_in = nn.Linear(latent_dim, d, bias=False) if projected else nn.Identity()
+        self.project_out = nn.Linear(d, latent_dim, bias=False) if projected else nn.Identity()
+        self.register_buffer("codebooks", torch.randn(n, k, d))
+        self.register_buffer("ema_count", torch.ones(n, k))
+        self.register_buffer("ema_sum", self.codebooks.clone())
+
+    def forward(self, z: Tensor, n_codebooks: int | None = None) -> QuantizerOutput:
+        """Quantize z [B, D, T'] with the first `n_codebooks` (default: all, or as dropout draws in training)."""
+        x = self.project_in(z.transpose(1, 2))  # [B, T', d]
+        n = n_codebooks or self.config.n_codebooks
+        active = draw_active(len(z), n, self.config.dropout if self.training else 0.0, z.device)
+        live, residual, z_q, commit = x, x, torch.zeros_like(x), x.new_zeros(())
+        codes, residuals = [], []
+        for i in range(n):
+            residuals.append(residual.detach())
+            codes.append(nearest(residuals[-1], self.codebooks[i]))
+            q = F.embedding(codes[-1], self.codebooks[i])
+            mask = active[:, i, None, None]
+            commit = commit + (mask * (residual - q).square()).mean() / n
+            ste = live + (q - live).detach()
+            z_q = z_q + mask * ste
+            live = live - ste  # builds the output: its gradient is spent by the first step
+            residual = residual - q  # feeds lookup and commitment: its gradient stays 1
+        z_q = self.project_out(z_q).transpose(1, 2)
+        return QuantizerOutput(z_q, torch.stack(codes, 1), commit, commit.detach(), torch.stack(residuals), active)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes [B, n, T'] of the first n codebooks to z_q [B, D, T']."""
+        x = sum(F.embedding(codes[:, i], self.codebooks[i]) for i in range(codes.shape[1]))
+        return self.project_out(x).transpose(1, 2)
+
+    @torch.no_grad()
+    def init_codebooks(self, z: Tensor, frames_per_update: int) -> None:
+        """k-means start, level by level on what the levels before leave over; identical on all ranks.
+
+        Args:
+            z: [B, D, T'], the same latents on every rank (gathered).
+            frames_per_update: latent frames of one training update over all ranks.
+        """
+        generator = torch.Generator().manual_seed(0)
+        residual = self.project_in(z.transpose(1, 2)).flatten(0, 1)
+        # as if the counts had come from one update, so that the first updates are not outweighed
+        scale = frames_per_update / len(residual)
+        for i in range(self.config.n_codebooks):
+            means, counts = kmeans(residual, self.config.codebook_size, generator)
+            self.codebooks[i] = means
+            self.ema_count[i] = counts.clamp(min=0.5) * scale
+            # k-means yields means; EMA keeps sums, so scale by counts
+            self.ema_sum[i] = means * self.ema_count[i, :, None]
+            residual = residual - means[nearest(residual, means)]
+
+    @torch.no_grad()
+    def update_codebooks(self, out: QuantizerOutput, step: int) -> None:
+        """One EMA step from a training forward, with one packed all-reduce; then dead codes are revived.
+
+        Every rank ends with the same codebooks: statistics are summed, and the frames that replace dead codes are
+        drawn from all ranks' frames by a generator that `step` seeds.
+        """
+        n, k, d = self.codebooks.shape
+        frames = out.residuals.flatten(1, 2)  # [N, M, d]
+        codes = out.codes.transpose(0, 1).flatten(1)  # [N, M]
+        weights = out.active.T[:, :, None].expand(-1, -1, out.codes.shape[2]).flatten(1)  # [N, M]
+        index = (codes + k * torch.arange(n, device=codes.device)[:, None]).flatten()
+        count = frames.new_zeros(n * k).index_add_(0, index, weights.flatten())
+        total = frames.new_zeros(n * k, d).index_add_(0, index, (weights[..., None] * frames).flatten(0, 1))
+        spare = self._spare_frames(frames, step)
+        packed = distributed.all_reduce_sum(torch.cat([count, total.flatten(), spare.flatten()]))
+        count, total, spare = packed.split([n * k, n * k * d, spare.numel()])
+        decay = self.config.decay
+        self.ema_count.mul_(decay).add_(count.view(n, k), alpha=1 - decay)
+        self.ema_sum.mul_(decay).add_(total.view(n, k, d), alpha=1 - decay)
+        self._revive(spare.view(n, -1, d))
+        mass = self.ema_count.sum(1, keepdim=True)
+        smoothed = (self.ema_count + LAPLACE_EPSILON) / (mass + k * LAPLACE_EPSILON) * mass
+        self.codebooks.copy_(self.ema_sum / smoothed[..., None])
+
+    def _spare_frames(self, frames: Tensor, step: int) -> Tensor:
+        """[N, C, d]: this rank's part of C frames drawn from all ranks' frames, zeros where another rank holds them."""
+        n, m, _ = frames.shape
+        generator = torch.Generator().manual_seed(step)
+        picks = torch.stack([torch.randperm(m * distributed.world_size(), generator=generator)[:REVIVALS_PER_STEP]
+                             for _ in range(n)]).to(frames.device)  # fmt: skip
+        mine = (picks // m == distributed.rank())[..., None]
+        return frames.gather(1, (picks % m)[..., None].expand(-1, -1, frames.shape[2])) * mine
+
+    def _revive(self, spare: Tensor) -> None:
+        """Replace sum and count of dead codes: replacing only the entry would be undone by the same update."""
+        fresh = self.ema_count.mean(1, keepdim=True)
+        dead = self.ema_count < self.config.dead_threshold * fresh
+        slot = dead.cumsum(1) - 1
+        level, code = torch.nonzero(dead & (slot < spare.shape[1]), as_tuple=True)
+        count = fresh[level, 0]
+        self.ema_count[level, code] = count
+        self.ema_sum[level, code] = spare[level, slot[level, code]] * count[:, None]
+
+
+class FactorizedCodebook(nn.Module):
+    """One quantizer of `FactorizedResidualVQ`: project down, look up on the unit sphere, project up."""
+
+    def __init__(self, latent_dim: int, codebook_size: int, codebook_dim: int):
+        super().__init__()
+        self.in_proj = weight_norm(nn.Conv1d(latent_dim, codebook_dim, 1))
+        self.out_proj = weight_norm(nn.Conv1d(codebook_dim, latent_dim, 1))
+        self.codebook = nn.Embedding(codebook_size, codebook_dim)
+
+    def lookup(self, z_e: Tensor) -> Tensor:
+        """z_e [B, d, T'] to codes [B, T'] by cosine similarity."""
+        return nearest(F.normalize(z_e.transpose(1, 2), dim=-1), F.normalize(self.codebook.weight, dim=-1))
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """codes [B, T'] to their part of the latent [B, D, T']."""
+        return self.out_proj(self.codebook(codes).transpose(1, 2))
+
+
+class FactorizedResidualVQ(nn.Module):
+    """Residual VQ with low-dimensional, L2-normalised lookup and codebooks trained by gradient.
+
+    Source: Kumar et al. 2023 (DAC), section 3.2, after Yu et al. 2021. The residual stays live as in DAC: the
+    projections of each level keep part of it, so later commitment terms keep a gradient too.
+    """
+
+    def __init__(self, config: FactorizedQuantizerConfig, latent_dim: int):
+        super().__init__()
+        self.config = config
+        self.levels = nn.ModuleList(
+            FactorizedCodebook(latent_dim, config.codebook_size, config.codebook_dim)
+            for _ in range(config.n_codebooks)
+        )
+
+    @property
+    def codebooks(self) -> Tensor:
+        """[N, K, codebook_dim]."""
+        return torch.stack([level.codebook.weight for level in self.levels])
+
+    def forward(self, z: Tensor, n_codebooks: int | None = None) -> QuantizerOutput:
+        """Quantize z [B, D, T'] with the first `n_codebooks` (default: all, or as dropout draws in training)."""
+        n = n_codebooks or self.config.n_codebooks
+        active = draw_active(len(z), n, self.config.dropout if self.training else 0.0, z.device)
+        residual, z_q, codes = z, torch.zeros_like(z), []
+        commit, codebook = z.new_zeros(()), z.new_zeros(())
+        for i, level in enumerate(self.levels[:n]):
+            z_e = level.in_proj(residual)
+            codes.append(level.lookup(z_e.detach()))
+            q = level.codebook(codes[-1]).transpose(1, 2)
+            mask = active[:, i, None, None]
+            commit = commit + (mask * (z_e - q.detach()).square()).mean() / n
+            codebook = codebook + (mask * (q - z_e.detach()).square()).mean() / n
+            z_q_i = level.out_proj(z_e + (q - z_e).detach())
+            z_q = z_q + mask * z_q_i
+            residual = residual - z_q_i
+        return QuantizerOutput(z_q, torch.stack(codes, 1), commit, codebook, None, active)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes [B, n, T'] of the first n codebooks to z_q [B, D, T']."""
+        return sum(self.levels[i].decode(codes[:, i]) for i in range(codes.shape[1]))
+
+
+def build_quantizer(
+    config: EMAQuantizerConfig | FactorizedQuantizerConfig, latent_dim: int
+) -> EMAResidualVQ | FactorizedResidualVQ:
+    """The quantizer that `quantizer.type` names."""
+    return (EMAResidualVQ if config.type == "ema" else FactorizedResidualVQ)(config, latent_dim)

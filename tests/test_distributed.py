@@ -1,0 +1,87 @@
+"""Two processes (gloo) against one that is fed both halves."""
+
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from codec import distributed
+from codec.config import EMAQuantizerConfig
+from codec.rvq import EMAResidualVQ
+
+N_STEPS = 4
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def trained_quantizer(share: slice) -> dict[str, torch.Tensor]:
+    """k-means start and some updates on this rank's share of the batch, some codes dead on the way."""
+    torch.manual_seed(0)
+    quantizer = EMAResidualVQ(EMAQuantizerConfig("ema", 3, 24, 6, decay=0.9), 6)
+    batches = torch.randn(N_STEPS + 1, 4, 6, 30)
+    quantizer.init_codebooks(distributed.all_gather_cat(batches[-1, share].contiguous()), frames_per_update=120)
+    quantizer.ema_count[:, :5] *= 1e-3  # dead: must be revived from both ranks' frames
+    quantizer.ema_sum[:, :5] *= 1e-3
+    quantizer.codebooks[:, :5] = 100.0
+    for step in range(N_STEPS):
+        quantizer.update_codebooks(quantizer(batches[step, share]), step)
+    return quantizer.state_dict()
+
+
+def unsynchronised(share: slice) -> dict[str, torch.Tensor]:
+    """Known wrong: each rank follows its own data."""
+    torch.manual_seed(0)
+    quantizer = EMAResidualVQ(EMAQuantizerConfig("ema", 3, 24, 6, decay=0.9), 6)
+    quantizer.update_codebooks(quantizer(torch.randn(4, 6, 30)[share]), 0)
+    return quantizer.state_dict()
+
+
+def work(rank: int, port: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    share = slice(2 * rank, 2 * rank + 2)
+    alone = unsynchronised(share)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    together = trained_quantizer(share)
+    counted = []
+    dist_all_reduce = dist.all_reduce
+    dist.all_reduce = lambda tensor, *a, **k: (counted.append(tensor.numel()), dist_all_reduce(tensor, *a, **k))
+    torch.manual_seed(0)
+    quantizer = EMAResidualVQ(EMAQuantizerConfig("ema", 3, 24, 6), 6)
+    quantizer.update_codebooks(quantizer(torch.randn(2, 6, 30)), 0)
+    torch.save({"together": together, "alone": alone, "reduced": counted}, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory) -> list[dict]:
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(work, (free_port(), str(folder)), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def test_codebooks_are_equal_on_both_ranks_to_the_bit(ranks):
+    a, b = (rank["together"] for rank in ranks)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_codebooks_match_one_process_that_is_fed_both_halves(ranks):
+    single = trained_quantizer(slice(0, 4))
+    for name, value in ranks[0]["together"].items():
+        torch.testing.assert_close(value, single[name], rtol=1e-4, atol=1e-5)
+    assert single["codebooks"].abs().max() < 50, "the dead codes were not revived"
+
+
+def test_codebooks_drift_apart_when_statistics_are_not_summed(ranks):
+    a, b = (rank["alone"] for rank in ranks)
+    assert not torch.allclose(a["codebooks"], b["codebooks"], atol=1e-3)
+
+
+def test_one_update_takes_one_all_reduce_for_all_codebooks(ranks):
+    n, k, d, spare = 3, 24, 6, 120
+    assert ranks[0]["reduced"] == [n * k + n * k * d + n * min(spare, 128) * d]

@@ -1,0 +1,298 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import DacConfig
+from transformers.models.dac.modeling_dac import DacResidualVectorQuantizer
+
+from codec.config import EMAQuantizerConfig, FactorizedQuantizerConfig
+from codec.rvq import EMAResidualVQ, FactorizedResidualVQ, draw_active, kmeans, nearest
+
+N, K, D = 5, 32, 8
+
+
+def ema_quantizer(**changes) -> EMAResidualVQ:
+    torch.manual_seed(0)
+    values = {"n_codebooks": N, "codebook_size": K, "codebook_dim": D} | changes
+    return EMAResidualVQ(EMAQuantizerConfig("ema", **values), latent_dim=D)
+
+
+def latents(seed: int = 1) -> torch.Tensor:
+    torch.manual_seed(seed)
+    return torch.randn(3, D, 20)
+
+
+# ------------------------------------------------------------- straight-through and commitment
+
+
+def live_residual(x, codebooks):
+    """Known wrong: one live residual for everything. Commitment gradients vanish after the first step."""
+    residual, z_q, commits = x, 0, []
+    for codebook in codebooks:
+        q = F.embedding(nearest(residual.detach(), codebook), codebook)
+        commits.append((residual - q).square().mean())
+        ste = residual + (q - residual).detach()
+        z_q, residual = z_q + ste, residual - ste
+    return z_q, commits
+
+
+def detached_residual_summed(x, codebooks):
+    """Known wrong: every step's straight-through estimator reads the live input. The gradient is N times too large."""
+    residual, z_q, commits = x, 0, []
+    for codebook in codebooks:
+        q = F.embedding(nearest(residual.detach(), codebook), codebook)
+        commits.append((residual - q).square().mean())
+        z_q, residual = z_q + residual + (q - residual).detach(), residual - q.detach()
+    return z_q, commits
+
+
+def ours(x, codebooks):
+    quantizer = ema_quantizer()
+    quantizer.codebooks.copy_(codebooks)
+    outs = [quantizer(x.transpose(1, 2), n_codebooks=n) for n in range(1, N + 1)]
+    totals = [out.commit * n for n, out in enumerate(outs, 1)]
+    commits = [total - before for total, before in zip(totals, [0.0, *totals])]
+    return outs[-1].z_q.transpose(1, 2), commits
+
+
+def output_gradient(function) -> torch.Tensor:
+    x = latents().transpose(1, 2).requires_grad_()
+    z_q, _ = function(x, ema_quantizer().codebooks)
+    return torch.autograd.grad(z_q.sum(), x)[0]
+
+
+def commitment_gradients(function) -> list[float]:
+    x = latents().transpose(1, 2).requires_grad_()
+    _, commits = function(x, ema_quantizer().codebooks)
+    return [torch.autograd.grad(commit, x, retain_graph=True)[0].abs().max().item() for commit in commits]
+
+
+@pytest.mark.parametrize("n", range(1, N + 1))
+def test_every_prefix_passes_unit_gradient(n):
+    z = latents().requires_grad_()
+    z_q = ema_quantizer()(z, n_codebooks=n).z_q
+    weight = torch.randn_like(z_q)
+    gradient = torch.autograd.grad((z_q * weight).sum(), z)[0]
+    assert torch.equal(gradient, weight)
+
+
+def test_unit_gradient_fails_on_the_summed_estimator():
+    assert torch.equal(output_gradient(ours), torch.ones(3, 20, D))
+    assert torch.equal(output_gradient(live_residual), torch.ones(3, 20, D))
+    torch.testing.assert_close(output_gradient(detached_residual_summed), torch.full((3, 20, D), float(N)))
+
+
+def test_every_codebook_has_a_commitment_gradient_and_the_live_residual_has_it_only_once():
+    assert min(commitment_gradients(ours)) > 1e-3
+    wrong = commitment_gradients(live_residual)
+    assert wrong[0] > 1e-3 and max(wrong[1:]) == 0.0
+
+
+def test_output_is_the_sum_of_the_chosen_entries_and_decode_gives_it_back():
+    quantizer, z = ema_quantizer(), latents()
+    out = quantizer(z)
+    torch.testing.assert_close(quantizer.decode(out.codes), out.z_q)
+    by_hand = sum(quantizer.codebooks[i][out.codes[:, i]] for i in range(N)).transpose(1, 2)
+    torch.testing.assert_close(out.z_q, by_hand)
+    torch.testing.assert_close(quantizer.decode(out.codes[:, :2]), quantizer(z, n_codebooks=2).z_q)
+
+
+def test_nearest_is_the_brute_force_answer():
+    x, codebook = torch.randn(50, D), torch.randn(K, D)
+    brute = np.square(x.numpy()[:, None] - codebook.numpy()[None]).sum(-1).argmin(1)
+    assert np.array_equal(nearest(x, codebook).numpy(), brute)
+
+
+# ----------------------------------------------------------------------------- EMA statistics
+
+
+def test_one_ema_update_equals_a_hand_computation():
+    quantizer, z = ema_quantizer(n_codebooks=1, dead_threshold=0.0), latents()
+    out = quantizer(z)
+    x, codes = z.transpose(1, 2).reshape(-1, D).numpy().astype(np.float64), out.codes.flatten().numpy()
+    count = 0.99 * np.ones(K) + 0.01 * np.bincount(codes, minlength=K)
+    total = 0.99 * quantizer.ema_sum[0].numpy().astype(np.float64)
+    for frame, code in zip(x, codes):
+        total[code] += 0.01 * frame
+    smoothed = (count + 1e-5) / (count.sum() + K * 1e-5) * count.sum()
+    quantizer.update_codebooks(out, 0)
+    np.testing.assert_allclose(quantizer.ema_count[0], count, rtol=1e-5)
+    np.testing.assert_allclose(quantizer.codebooks[0], total / smoothed[:, None], rtol=1e-4, atol=1e-5)
+
+
+def test_forward_changes_no_statistics_so_a_second_pass_is_not_seen_twice():
+    quantizer, z = ema_quantizer().train(), latents()
+    before = {name: value.clone() for name, value in quantizer.state_dict().items()}
+    out = quantizer(z)
+    quantizer(z)
+    assert all(torch.equal(before[name], value) for name, value in quantizer.state_dict().items())
+    quantizer.update_codebooks(out, 0)
+    assert not torch.equal(before["codebooks"], quantizer.codebooks)
+
+
+def test_codebooks_are_no_parameters_so_no_optimizer_and_no_weight_decay_moves_them():
+    assert list(ema_quantizer().parameters()) == []
+
+
+def test_codebooks_converge_to_the_data():
+    quantizer, z = ema_quantizer(), latents()
+    quantizer.init_codebooks(latents(2), frames_per_update=60)
+    first = quantizer(z).commit
+    for step in range(200):
+        quantizer.update_codebooks(quantizer(z), step)
+    assert quantizer(z).commit < 0.5 * first
+
+
+def test_a_revived_code_survives_its_update_and_replacing_only_the_entry_does_not():
+    def with_a_dead_code():
+        quantizer = ema_quantizer(n_codebooks=1, codebook_size=8)
+        quantizer.init_codebooks(latents(), frames_per_update=60)
+        quantizer.codebooks[0, 3] = 1000.0
+        quantizer.ema_count[0, 3], quantizer.ema_sum[0, 3] = 1e-4, 0.1
+        return quantizer
+
+    quantizer, z = with_a_dead_code(), latents()
+    quantizer.update_codebooks(quantizer(z), 0)
+    frames = z.transpose(1, 2).reshape(-1, D)
+    assert torch.cdist(quantizer.codebooks[0, 3:4], frames).min() < 1e-2  # it is one of the frames now
+    assert (quantizer(z).codes == 3).any()
+    for step in range(1, 20):
+        quantizer.update_codebooks(quantizer(z), step)
+    assert torch.cdist(quantizer.codebooks[0, 3:4], frames).min() < 3.0  # and later updates leave it among them
+
+    wrong = with_a_dead_code()
+    wrong.config = EMAQuantizerConfig("ema", 1, 8, D, dead_threshold=0.0)  # no revival of sum and count ...
+    wrong.codebooks[0, 3] = frames[7]  # ... the entry alone
+    wrong.update_codebooks(wrong(latents(5)), 0)
+    assert torch.cdist(wrong.codebooks[0, 3:4], frames[7:8]).item() > 1.0
+
+
+def test_kmeans_start_keeps_sums_and_storing_means_shrinks_the_codebook():
+    quantizer = ema_quantizer(n_codebooks=1, codebook_size=4, dead_threshold=0.0)
+    z = latents()
+    quantizer.init_codebooks(z, frames_per_update=60)
+    norm = quantizer.codebooks.norm()
+    quantizer.update_codebooks(quantizer(z), 0)
+    torch.testing.assert_close(quantizer.codebooks.norm(), norm, rtol=0.02, atol=0)
+
+    quantizer.init_codebooks(z, frames_per_update=60)
+    quantizer.ema_sum.copy_(quantizer.codebooks)  # known wrong: means where sums belong
+    quantizer.update_codebooks(quantizer(z), 0)
+    assert quantizer.codebooks.norm() < 0.5 * norm
+
+
+def test_kmeans_finds_separate_clusters_and_counts_them():
+    torch.manual_seed(0)
+    centres = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0]])
+    x = (centres.repeat_interleave(50, 0) + 0.1 * torch.randn(150, 2))[torch.randperm(150)]
+    for seed in range(20):
+        means, counts = kmeans(x, 3, torch.Generator().manual_seed(seed))
+        if counts.min() == 50:
+            break
+    assert sorted(counts.tolist()) == [50.0, 50.0, 50.0]
+    assert torch.cdist(centres, means).min(1).values.max() < 0.1
+    means, counts = kmeans(x[:2], 5, torch.Generator().manual_seed(0))
+    assert means.shape == (5, 2) and counts.sum() == 2
+
+
+def test_all_codes_are_used_after_training_from_a_bad_start():
+    quantizer, z = ema_quantizer(n_codebooks=1, codebook_size=16), latents()
+    quantizer.codebooks.copy_(50 + torch.randn(1, 16, D))
+    quantizer.ema_sum.copy_(quantizer.codebooks)
+    for step in range(400):
+        quantizer.update_codebooks(quantizer(z), step)
+    assert len(quantizer(z).codes.unique()) >= 12
+
+
+# ------------------------------------------------------------------------------- dropout
+
+
+def test_quantizer_dropout_uses_prefixes_for_the_given_share_of_items():
+    torch.manual_seed(0)
+    active = draw_active(4000, 8, 0.5, torch.device("cpu"))
+    assert torch.equal(active, active.cummin(1).values) and active[:, 0].min() == 1
+    count = active.sum(1)
+    # half of the items draw 1..8, so 8 comes up in 1/2 + 1/16 of them
+    assert abs((count == 8).float().mean().item() - 0.5625) < 0.03
+    assert draw_active(50, 8, 0.0, torch.device("cpu")).min() == 1
+    assert draw_active(4000, 8, 1.0, torch.device("cpu")).sum(1).mean().item() == pytest.approx(4.5, abs=0.15)
+
+
+@pytest.mark.parametrize("kind", ["ema", "factorized"])
+def test_a_dropped_codebook_adds_nothing_and_learns_nothing(kind, monkeypatch):
+    if kind == "ema":
+        quantizer = ema_quantizer(dropout=1.0).train()
+    else:
+        quantizer = FactorizedResidualVQ(FactorizedQuantizerConfig("factorized", N, K, 4, dropout=1.0), D).train()
+    active = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 0, 0, 0, 0]]).float()
+    monkeypatch.setattr("codec.rvq.draw_active", lambda *_: active)
+    z = latents()
+    out = quantizer(z)
+    for item in range(3):
+        n = int(active[item].sum())
+        torch.testing.assert_close(out.z_q[item], quantizer.decode(out.codes[item : item + 1, :n])[0])
+    if kind == "ema":
+        before = quantizer.ema_count.clone()
+        quantizer.update_codebooks(out, 0)
+        gained = (quantizer.ema_count - 0.99 * before).sum(1) / 0.01
+        expected = active.sum(0) * z.shape[-1]
+        alive = (before >= 0.1 * before.mean(1, keepdim=True)).all()
+        assert alive
+        torch.testing.assert_close(gained[0], expected[0], rtol=1e-3, atol=1e-2)
+
+
+# ----------------------------------------------------------------------------- factorised form
+
+
+def test_factorised_quantizer_equals_transformers_dac():
+    torch.manual_seed(0)
+    reference = DacResidualVectorQuantizer(
+        DacConfig(n_codebooks=N, codebook_size=K, codebook_dim=4, hidden_size=24, quantizer_dropout=0.0)
+    ).eval()
+    quantizer = FactorizedResidualVQ(FactorizedQuantizerConfig("factorized", N, K, 4), 24).eval()
+    with torch.no_grad():
+        for mine, theirs in zip(quantizer.levels, reference.quantizers):
+            for name in ("in_proj", "out_proj"):
+                getattr(mine, name).weight = getattr(theirs, name).weight.detach()
+                getattr(mine, name).bias.copy_(getattr(theirs, name).bias)
+            mine.codebook.weight.copy_(theirs.codebook.weight)
+        z = torch.randn(2, 24, 30)
+        out = quantizer(z)
+        expected = reference(z)
+    assert torch.equal(out.codes, expected[1])
+    torch.testing.assert_close(out.z_q, expected[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(quantizer.decode(out.codes), expected[0], rtol=1e-5, atol=1e-5)
+    # theirs sums the levels, ours is their mean
+    torch.testing.assert_close(out.commit * N, expected[3].mean())
+    torch.testing.assert_close(out.codebook * N, expected[4].mean())
+
+
+def test_every_factorised_codebook_has_commitment_and_codebook_gradients():
+    torch.manual_seed(0)
+    quantizer = FactorizedResidualVQ(FactorizedQuantizerConfig("factorized", N, K, 4), 24)
+    z = torch.randn(2, 24, 30)
+    out = quantizer(z)
+    (out.commit + out.codebook + out.z_q.square().mean()).backward()
+    for level in quantizer.levels:
+        assert level.codebook.weight.grad.abs().max() > 0
+        assert all(p.grad is not None and p.grad.abs().max() > 0 for p in level.in_proj.parameters())
+    # the codebook loss moves entries only, commitment moves the encoder only
+    z.requires_grad_()
+    out = quantizer(z)
+    assert torch.autograd.grad(out.codebook, z, retain_graph=True, allow_unused=True)[0] is None
+    assert math.isclose(out.commit.item(), out.codebook.item(), rel_tol=1e-5)
+
+
+@pytest.mark.parametrize("n", range(1, N + 1))
+def test_factorised_prefix_with_full_projections_passes_unit_gradient(n):
+    quantizer = FactorizedResidualVQ(FactorizedQuantizerConfig("factorized", N, K, D), D)
+    with torch.no_grad():
+        for level in quantizer.levels:
+            for projection in (level.in_proj, level.out_proj):
+                projection.weight = torch.eye(D)[..., None]
+                projection.bias.zero_()
+    z = latents().requires_grad_()
+    gradient = torch.autograd.grad(quantizer(z, n_codebooks=n).z_q.sum(), z)[0]
+    torch.testing.assert_close(gradient, torch.ones_like(z), rtol=1e-5, atol=1e-5)
