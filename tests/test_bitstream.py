@@ -1,0 +1,204 @@
+import json
+import pickle
+import struct
+import time
+import zlib
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+import torch
+
+from codec.bitstream import (
+    MAGIC,
+    PREFIX,
+    CodecFileHeader,
+    code_bits,
+    is_codec_file,
+    pack_bits,
+    read_codes,
+    unpack_bits,
+    write_codes,
+)
+
+HEADER = CodecFileHeader(
+    sample_rate=24000,
+    hop_length=320,
+    n_samples=9 * 320 + 7,
+    n_codebooks=3,
+    codebook_size=1000,
+    n_frames=10,
+    model_id="0123456789abcdef",
+)
+
+
+def random_codes(header: CodecFileHeader, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(header.codebook_size, (header.n_codebooks, header.n_frames), generator=generator)
+
+
+def pack_one_bit_at_a_time(values: np.ndarray, bits: int) -> bytes:
+    stream = 0
+    for position, value in enumerate(values):
+        stream |= int(value) << position * bits
+    return stream.to_bytes(-(-len(values) * bits // 8), "little")
+
+
+def write_raw(path, header: dict | bytes, payload: bytes = b"", version: int = 1) -> None:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    body = struct.pack("<4sHI", MAGIC, version, len(text)) + text + payload
+    path.write_bytes(body + struct.pack("<I", zlib.crc32(body)))
+
+
+@pytest.mark.parametrize("bits", range(1, 25))
+def test_packing_equals_a_reference_in_plain_python(bits):
+    rng = np.random.default_rng(bits)
+    for n in (1, 7, 8, 9, 131):
+        values = rng.integers(0, 2**bits, n)
+        packed = pack_bits(values, bits)
+        assert packed.tobytes() == pack_one_bit_at_a_time(values, bits)
+        assert np.array_equal(unpack_bits(packed, bits, n), values)
+
+
+def test_ten_million_codes_a_second():
+    values = np.random.default_rng(0).integers(0, 1024, 2_000_000)
+    start = time.perf_counter()
+    restored = unpack_bits(pack_bits(values, 10), 10, len(values))
+    seconds = time.perf_counter() - start
+    assert np.array_equal(restored, values)
+    assert seconds < 1.0  # 0.1 s when the machine is free
+
+
+@pytest.mark.parametrize("codebook_size", [2, 3, 1000, 1024, 1025, 2**24])
+def test_a_written_file_reads_back_with_ceil_log2_bits_a_code(tmp_path, codebook_size):
+    header = replace(HEADER, codebook_size=codebook_size)
+    codes = random_codes(header)
+    path = tmp_path / "a.codec"
+    write_codes(path, codes, header)
+    read, read_header = read_codes(path)
+    assert torch.equal(read, codes) and read.dtype == torch.int64 and read_header == header
+    text = json.dumps(asdict(header), separators=(",", ":"))
+    assert code_bits(codebook_size) == int(np.ceil(np.log2(codebook_size)))
+    payload = -(-30 * code_bits(codebook_size) // 8)
+    assert path.stat().st_size == PREFIX.size + len(text) + payload + 4
+    assert is_codec_file(path) and [file.name for file in tmp_path.iterdir()] == ["a.codec"]
+
+
+def test_every_flipped_byte_and_every_truncation_is_refused_in_one_line(tmp_path):
+    path = tmp_path / "a.codec"
+    write_codes(path, random_codes(HEADER), HEADER)
+    whole = path.read_bytes()
+    rng = np.random.default_rng(0)
+    damaged = [whole[:length] for length in range(len(whole))]
+    for position in range(len(whole)):
+        for mask in (0x01, 0x80, int(rng.integers(1, 256))):
+            damaged.append(whole[:position] + bytes([whole[position] ^ mask]) + whole[position + 1 :])
+    damaged += [whole + b"\0", whole + whole]
+    for data in damaged:
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match="a.codec: ") as error:
+            read_codes(path)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_bytes_after_the_magic_are_refused(tmp_path, seed):
+    rng = np.random.default_rng(seed)
+    path = tmp_path / "a.codec"
+    path.write_bytes(MAGIC + b"\x01\x00" + rng.bytes(int(rng.integers(0, 300))))
+    with pytest.raises(ValueError, match="a.codec: "):
+        read_codes(path)
+
+
+def test_the_checksum_is_what_catches_a_flipped_code(tmp_path):
+    path = tmp_path / "a.codec"
+    codes = random_codes(replace(HEADER, codebook_size=1024))
+    write_codes(path, codes, replace(HEADER, codebook_size=1024))
+    data = bytearray(path.read_bytes())
+    data[-6] ^= 4
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="CRC-32"):
+        read_codes(path)
+    # the wrong version, which trusts its payload, returns other codes and says nothing
+    payload = np.frombuffer(bytes(data[-4 - 38 : -4]), np.uint8)
+    trusted = unpack_bits(payload, 10, 30).reshape(10, 3).T
+    assert trusted.max() < 1024 and not np.array_equal(trusted, codes.numpy())
+
+
+def test_a_later_version_asks_for_an_update(tmp_path):
+    write_raw(tmp_path / "a.codec", asdict(HEADER), version=2)
+    with pytest.raises(ValueError, match="written by version 2, this is version 1; update"):
+        read_codes(tmp_path / "a.codec")
+
+
+@pytest.mark.parametrize("claim", [{"n_frames": 10**12}, {"n_codebooks": 10**12}, {"n_frames": 2**62}])
+def test_a_claim_of_a_million_million_frames_allocates_nothing(tmp_path, claim, monkeypatch):
+    write_raw(tmp_path / "a.codec", {**asdict(HEADER), **claim}, b"\0" * 38)
+    monkeypatch.setattr("codec.bitstream.unpack_bits", lambda *_: pytest.fail("reached the payload"))
+    with pytest.raises(ValueError, match="truncated"):
+        read_codes(tmp_path / "a.codec")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"n_frames": 0},
+        {"n_frames": -10},
+        {"n_frames": True},
+        {"n_frames": 10.0},
+        {"n_frames": "10"},
+        {"n_frames": None},
+        {"n_frames": 10**400},
+        {"sample_rate": [24000]},
+        {"codebook_size": 1},
+        {"codebook_size": 2**24 + 1},
+        {"n_samples": 10 * 320 + 1},
+        {"model_id": ""},
+        {"model_id": "../x"},
+        {"model_id": 12},
+        {"extra": 1},
+    ],
+    ids=str,
+)
+def test_header_fields_out_of_range_or_ill_typed_are_refused(tmp_path, change):
+    write_raw(tmp_path / "a.codec", {**asdict(HEADER), **change}, b"\0" * 38)
+    with pytest.raises(ValueError, match="header") as error:
+        read_codes(tmp_path / "a.codec")
+    assert len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize("text", [b"[1]", b"{}", b"[" * 60000, b"{\xff}", b"1" * 99, b'{"n_frames":'], ids=len)
+def test_a_header_that_is_no_such_object_is_refused(tmp_path, text):
+    write_raw(tmp_path / "a.codec", text)
+    with pytest.raises(ValueError, match="damaged: the header"):
+        read_codes(tmp_path / "a.codec")
+
+
+def test_a_header_above_64_kib_is_refused_unread(tmp_path):
+    write_raw(tmp_path / "a.codec", b" " * 65537)
+    with pytest.raises(ValueError, match="header of 65537 bytes, expected at most 65536"):
+        read_codes(tmp_path / "a.codec")
+
+
+def test_a_pickle_is_not_a_codec_file(tmp_path):
+    (tmp_path / "a.codec").write_bytes(pickle.dumps({"codes": [1, 2, 3]}))
+    with pytest.raises(ValueError, match="not a codec file"):
+        read_codes(tmp_path / "a.codec")
+    with pytest.raises(ValueError, match="cannot be read: No such file"):
+        read_codes(tmp_path / "b.codec")
+
+
+@pytest.mark.parametrize("bad", ["too_large", "negative", "shape", "no_frames"])
+def test_writing_codes_that_do_not_fit_leaves_no_file(tmp_path, bad):
+    codes, header = random_codes(HEADER), HEADER
+    if bad == "too_large":
+        codes[1, 2] = 1000
+    elif bad == "negative":
+        codes[1, 2] = -1
+    elif bad == "shape":
+        codes = codes[:2]
+    else:
+        codes, header = codes[:, :0], replace(HEADER, n_frames=0)
+    with pytest.raises(ValueError, match="a.codec: "):
+        write_codes(tmp_path / "a.codec", codes, header)
+    assert list(tmp_path.iterdir()) == []
