@@ -1,0 +1,184 @@
+"""The `codec` command: encode, decode, reconstruct, info."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from codec.audio import load_audio, save_audio
+from codec.bitstream import CodecFileHeader, is_codec_file, read_codes, write_codes
+from codec.checkpoint import find_checkpoint, load_state
+from codec.model import Codec
+
+USER_ERROR = 2
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; 0, or 2 after one line on stderr."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except (ValueError, OSError) as error:
+        print(f"codec: {error}", file=sys.stderr)
+        return USER_ERROR
+    return 0
+
+
+def encode(options: argparse.Namespace) -> None:
+    """Audio file to codec file."""
+    codec = _load(options)
+    wav = load_audio(options.input, codec.sample_rate)
+    codes = codec.encode_long(wav[None].to(options.device), _n_codebooks(options, codec))[0]
+    header = CodecFileHeader(
+        sample_rate=codec.sample_rate,
+        hop_length=codec.hop_length,
+        n_samples=wav.shape[-1],
+        n_codebooks=codes.shape[0],
+        codebook_size=codec.codebook_size,
+        n_frames=codes.shape[1],
+        model_id=codec.model_id,
+    )
+    write_codes(options.output, codes, header)
+    print(f"{options.output}: {_rate_line(options.output, header)}")
+
+
+def decode(options: argparse.Namespace) -> None:
+    """Codec file to audio file."""
+    codes, header = read_codes(options.input)
+    codec = _load(options)
+    if header.model_id != codec.model_id:
+        raise ValueError(
+            f"{options.input}: coded by model {header.model_id}, {options.checkpoint} is model "
+            f"{codec.model_id}; decode with the checkpoint that coded it"
+        )
+    for name, limit in (("n_codebooks", codec.n_codebooks), ("codebook_size", codec.codebook_size)):
+        if getattr(header, name) > limit:
+            raise ValueError(f"{options.input}: {name}={getattr(header, name)}, the model has {limit}")
+    wav_hat = codec.decode_long(codes[None].to(options.device), header.n_samples)[0]
+    save_audio(options.output, wav_hat, codec.sample_rate)
+    print(f"{options.output}: {wav_hat.shape[-1] / codec.sample_rate:.2f} s at {codec.sample_rate} Hz")
+
+
+def reconstruct(options: argparse.Namespace) -> None:
+    """Audio file through the codec to audio file."""
+    codec = _load(options)
+    n_codebooks = _n_codebooks(options, codec)
+    wav = load_audio(options.input, codec.sample_rate)
+    codes = codec.encode_long(wav[None].to(options.device), n_codebooks)
+    save_audio(options.output, codec.decode_long(codes, wav.shape[-1])[0], codec.sample_rate)
+    seconds, kbps = wav.shape[-1] / codec.sample_rate, _kbps(codec, n_codebooks)
+    print(f"{options.output}: {seconds:.2f} s at {codec.sample_rate} Hz, {kbps:.2f} kbps")
+
+
+def info(options: argparse.Namespace) -> None:
+    """Print what a checkpoint or a codec file is."""
+    if options.path.is_file() and is_codec_file(options.path):
+        lines = _file_lines(options.path)
+    else:
+        lines = _checkpoint_lines(find_checkpoint(options.path, options.which))
+    for name, value in lines.items():
+        print(f"{name:<16}{value}")
+
+
+def _file_lines(path: Path) -> dict[str, str]:
+    """Description of a codec file."""
+    _, header = read_codes(path)
+    return {
+        "codec file": str(path),
+        "model": header.model_id,
+        "sample rate": f"{header.sample_rate} Hz",
+        "frame rate": f"{header.sample_rate / header.hop_length:g} Hz (hop length {header.hop_length})",
+        "codebooks": f"{header.n_codebooks} x {header.codebook_size} entries",
+        "frames": str(header.n_frames),
+        "content": _rate_line(path, header),
+    }
+
+
+def _checkpoint_lines(folder: Path) -> dict[str, str]:
+    """Description of a checkpoint."""
+    codec = Codec.from_pretrained(folder)
+    counts = {name: _n_weights(getattr(codec, name)) for name in ("encoder", "quantizer", "decoder")}
+    counts["total"] = sum(counts.values())
+    rates = [f"{n}: {_kbps(codec, n):.4g}" for n in range(1, codec.n_codebooks + 1)]
+    context_ms = 1000 * codec.receptive_field_samples / codec.sample_rate
+    return {
+        "checkpoint": str(folder),
+        "model": codec.model_id,
+        "step": str(load_state(folder).get("step", "unknown")),
+        "parameters": ", ".join(f"{name} {n:,}" for name, n in counts.items()),
+        "sample rate": f"{codec.sample_rate} Hz",
+        "frame rate": f"{codec.frame_rate_hz:g} Hz (hop length {codec.hop_length})",
+        "codebooks": f"{codec.n_codebooks} x {codec.codebook_size} entries",
+        "kbps": "  ".join(rates) + "  (by number of codebooks)",
+        "receptive field": f"{context_ms:.1f} ms of input a frame",
+    }
+
+
+def _n_weights(part: nn.Module) -> int:
+    """Parameters, and codebooks where they are buffers because they are trained by moving averages."""
+    codebooks = [buffer for name, buffer in part.named_buffers() if name == "codebooks"]
+    return sum(tensor.numel() for tensor in [*part.parameters(), *codebooks])
+
+
+def _kbps(codec: Codec, n_codebooks: int) -> float:
+    """Bitrate of the first so many codebooks."""
+    return codec.bitrate_kbps * n_codebooks / codec.n_codebooks
+
+
+def _rate_line(path: Path, header: CodecFileHeader) -> str:
+    """Duration, size and true bitrate of a codec file, its header and checksum included."""
+    seconds, n_bytes = header.n_samples / header.sample_rate, Path(path).stat().st_size
+    return f"{seconds:.2f} s in {n_bytes} bytes, {8 * n_bytes / seconds / 1000:.2f} kbps"
+
+
+def _load(options: argparse.Namespace) -> Codec:
+    """The codec that the options name."""
+    return Codec.from_pretrained(options.checkpoint, options.which).to(options.device)
+
+
+def _n_codebooks(options: argparse.Namespace, codec: Codec) -> int:
+    """How many codebooks to use."""
+    if options.n_codebooks is None:
+        return codec.n_codebooks
+    if not 1 <= options.n_codebooks <= codec.n_codebooks:
+        raise ValueError(f"--n_codebooks {options.n_codebooks}: expected 1 to {codec.n_codebooks}")
+    return options.n_codebooks
+
+
+def _parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="codec", description="Speech to codes and back.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    audio_in, audio_out = "audio file, any rate and channels", ".wav or .flac file, at the model's rate"
+    for run, help_in, help_out in (
+        (encode, audio_in, "codec file"),
+        (decode, "codec file", audio_out),
+        (reconstruct, audio_in, audio_out),
+    ):
+        command = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
+        command.add_argument("input", type=Path, help=help_in)
+        command.add_argument("output", type=Path, help=help_out)
+        command.add_argument("--checkpoint", type=Path, required=True, help="folder of a run or checkpoint")
+        command.add_argument("--device", type=torch.device, default="cpu", help="cpu (default), cuda, ...")
+        if run is not decode:
+            command.add_argument("--n_codebooks", type=int, help="use only the first so many (default all)")
+        _add_which(command)
+        command.set_defaults(run=run)
+    command = commands.add_parser("info", help=info.__doc__, description=info.__doc__)
+    command.add_argument("path", type=Path, help="codec file, or folder of a run or checkpoint")
+    _add_which(command)
+    command.set_defaults(run=info)
+    return parser
+
+
+def _add_which(command: argparse.ArgumentParser) -> None:
+    """--which, of every command that may be given a run."""
+    command.add_argument("--which", choices=("latest", "best"), default="latest", help="checkpoint of a run")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

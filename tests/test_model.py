@@ -1,0 +1,185 @@
+import dataclasses
+
+import pytest
+import torch
+from conftest import speech_like, tiny_config
+from safetensors.torch import load_file, save_file
+
+from codec.checkpoint import save_checkpoint
+from codec.config import (
+    ConvDecoderConfig,
+    ConvEncoderConfig,
+    EMAQuantizerConfig,
+    FactorizedQuantizerConfig,
+    ModelConfig,
+    SpectralConfig,
+    dump_config,
+)
+from codec.layers import remove_weight_norm
+from codec.model import Codec
+
+EMA = EMAQuantizerConfig("ema", 3, 16, 8)
+MODELS = {
+    "conv": ModelConfig(8000, 12, ConvEncoderConfig("conv", 4, (2, 5)), EMA, ConvDecoderConfig("conv", 16, (5, 2))),
+    "conv, odd strides": ModelConfig(8000, 12, ConvEncoderConfig("conv", 4, (3, 5)), EMA,
+                                     ConvDecoderConfig("conv", 16, (5, 3))),
+    "conv, causal": ModelConfig(8000, 12, ConvEncoderConfig("conv", 4, (3, 4), (1, 3), True), EMA,
+                                ConvDecoderConfig("conv", 16, (4, 3), (1, 3), True)),
+    "spectral": ModelConfig(8000, 12, SpectralConfig("spectral", 80, 20, 16, 2), EMA,
+                            SpectralConfig("spectral", 80, 20, 16, 2)),
+    "factorised": ModelConfig(8000, 12, ConvEncoderConfig("conv", 4, (2, 5)),
+                              FactorizedQuantizerConfig("factorized", 3, 16, 4), ConvDecoderConfig("conv", 16, (5, 2))),
+}  # fmt: skip
+all_models = pytest.mark.parametrize("config", MODELS.values(), ids=MODELS.keys())
+
+
+def make(config: ModelConfig) -> Codec:
+    """An untrained codec whose latents vary with the input: no biases in front of the lookup, k-means codebooks.
+
+    The encoder is in float64, so that a change of batch or chunk cannot flip a code by rounding.
+    """
+    torch.manual_seed(0)
+    codec = Codec(config).eval().requires_grad_(False)
+    codec.encoder.double()
+    for name, parameter in [*codec.encoder.named_parameters(), *codec.quantizer.named_parameters()]:
+        if name.endswith("bias"):
+            parameter.zero_()
+    if config.quantizer.type == "ema":
+        codec.quantizer.init_codebooks(codec.encoder(speech(7920).double()).float(), 50)
+    return codec
+
+
+def speech(n_samples: int) -> torch.Tensor:
+    return torch.from_numpy(speech_like(n_samples))[None, None].double()
+
+
+@all_models
+@pytest.mark.parametrize("n_samples", [1, 7, 300, 1001])
+def test_any_length_comes_back_at_its_length(config, n_samples):
+    codec = make(config)
+    wav = speech(1001)[..., :n_samples]
+    out = codec(wav)
+    n_frames = -(-n_samples // codec.hop_length)
+    assert out.wav_hat.shape == wav.shape and out.quantized.codes.shape == (1, 3, n_frames)
+    assert out.z.shape == (1, 12, n_frames) and out.wav_hat.abs().max() <= 1
+    codes = codec.encode(wav)
+    assert torch.equal(codes, out.quantized.codes)
+    torch.testing.assert_close(codec.decode(codes, n_samples), out.wav_hat)
+
+
+@all_models
+@pytest.mark.parametrize("chunk_frames", [17, 50, 1000])
+def test_codes_and_sound_do_not_depend_on_the_chunk_size(config, chunk_frames):
+    codec, wav = make(config), speech(4003)
+    codes = codec.encode(wav)
+    assert torch.equal(codec.encode_long(wav, chunk_frames=chunk_frames), codes)
+    torch.testing.assert_close(
+        codec.decode_long(codes, 4003, chunk_frames), codec.decode(codes, 4003), rtol=1e-4, atol=1e-5
+    )
+
+
+@all_models
+def test_chunks_without_context_give_other_codes(config):
+    codec, wav = make(config), speech(4003)
+    step = 17 * codec.hop_length
+    naive = torch.cat([codec.encode(wav[..., i : i + step]) for i in range(0, 4003, step)], -1)
+    assert not torch.equal(naive, codec.encode(wav))
+
+
+@all_models
+def test_an_item_codes_the_same_alone_and_in_a_batch(config):
+    codec = make(config)
+    batch = torch.cat([speech(1500), speech(3000)[..., 1500:], 0.1 * speech(1500)])
+    together = codec.encode(batch)
+    alone = torch.cat([codec.encode(item[None]) for item in batch])
+    assert torch.equal(together, alone)
+
+
+@all_models
+def test_receptive_field_is_what_gradients_reach(config):
+    codec = make(config)
+    frames = 2 * int(codec.encoder.reach_samples / codec.hop_length + codec.decoder.reach_frames) + 21
+    wav = torch.randn(1, 1, frames * codec.hop_length, dtype=torch.float64, requires_grad=True)
+    codec.encoder(wav)[0, :, frames // 2].sum().backward()
+    reached = wav.grad[0, 0].nonzero().flatten()
+    reach = int(reached[-1] - reached[0])
+    assert reach <= codec.encoder.reach_samples < reach + 3 * codec.hop_length
+    z = torch.randn(1, 12, frames, requires_grad=True)
+    codec.decoder(z)[0, 0, frames * codec.hop_length // 2].backward()
+    reached = z.grad[0].abs().sum(0).nonzero().flatten()
+    reach = int(reached[-1] - reached[0])
+    assert reach - 1 <= codec.decoder.reach_frames < reach + 3
+
+
+def test_a_causal_codec_codes_the_past_without_the_future():
+    codec, wav = make(MODELS["conv, causal"]), speech(1200)
+    changed = wav.clone()
+    changed[..., 600:] = 0.3
+    assert torch.equal(codec.encode(wav)[..., :50], codec.encode(changed)[..., :50])
+    codes = codec.encode(wav)
+    other = codes.clone()
+    other[..., 50:] = 0
+    torch.testing.assert_close(codec.decode(codes)[..., :600], codec.decode(other)[..., :600])
+    assert not torch.equal(make(MODELS["conv"]).encode(wav)[..., :60], make(MODELS["conv"]).encode(changed)[..., :60])
+
+
+@all_models
+def test_the_quantizer_runs_in_float32_under_autocast(config):
+    codec = make(config)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = codec(speech(1000))
+    assert out.quantized.z_q.dtype == torch.float32 and out.wav_hat.dtype == torch.float32
+    assert torch.isfinite(out.wav_hat).all()
+
+
+@all_models
+def test_folding_weight_norm_changes_neither_codes_nor_sound(config):
+    codec, wav = make(config), speech(1000)
+    before = codec(wav)
+    remove_weight_norm(codec)
+    after = codec(wav)
+    assert torch.equal(before.quantized.codes, after.quantized.codes)
+    torch.testing.assert_close(before.wav_hat, after.wav_hat, rtol=1e-4, atol=1e-6)
+
+
+def test_bitrate_and_frame_rate_follow_from_the_config():
+    codec = make(dataclasses.replace(MODELS["conv"], sample_rate=24000))
+    assert codec.frame_rate_hz == 2400 and codec.bitrate_kbps == pytest.approx(2400 * 3 * 4 / 1000)
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 100), (100,), (1, 1, 0)])
+def test_a_wrong_input_shape_is_named(shape):
+    with pytest.raises(ValueError, match=r"expected \[B, 1, T\]"):
+        make(MODELS["conv"]).encode(torch.zeros(shape))
+
+
+def save(tmp_path, **changes):
+    config = tiny_config()
+    codec = Codec(config.model)
+    save_checkpoint(tmp_path, 5, {"model": codec.state_dict()}, {"step": 5}, dump_config(config), best=True, keep_last=1)
+    return codec.eval(), tmp_path / "checkpoints" / "step_00000005"
+
+
+def test_a_saved_codec_loads_with_the_same_codes_sound_and_id(tmp_path):
+    codec, folder = save(tmp_path)
+    for path in (tmp_path, folder):
+        loaded = Codec.from_pretrained(path)
+        assert not loaded.training and loaded.model_id == codec.model_id
+        assert torch.equal(loaded.encode(speech(999).float()), codec.encode(speech(999).float()))
+    other = Codec(tiny_config().model)
+    assert other.model_id != codec.model_id
+
+
+def test_a_checkpoint_of_another_config_or_without_one_is_refused_in_one_line(tmp_path):
+    _, folder = save(tmp_path)
+    config = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(config.replace("codebook_size: 16", "codebook_size: 32"))
+    with pytest.raises(ValueError, match="codebooks") as error:
+        Codec.from_pretrained(folder)
+    assert "\n" not in str(error.value)
+    (folder / "config.yaml").write_text(config)
+    tensors = load_file(folder / "model.safetensors")
+    tensors.pop("quantizer.ema_sum")
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ValueError, match="quantizer.ema_sum"):
+        Codec.from_pretrained(folder)
