@@ -1,0 +1,139 @@
+"""Training data: random segments of a manifest's utterances, read by seeking.
+
+Segment number `index` is a pure function of (seed, index). Update `step` of a run takes the segments
+[step * batch_size, (step + 1) * batch_size), split over the ranks in order. So the data of a run depend on
+neither the number of ranks nor on where it was resumed, and there is no loader state to save.
+"""
+
+import json
+import signal
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from codec.audio import read_segment
+
+REQUIRED_KEYS = ("path", "speaker", "split", "sample_rate", "n_samples")
+
+
+class Utterance(NamedTuple):
+    path: Path
+    speaker: str
+    n_samples: int
+
+
+def read_manifest(manifest: str | Path, split: str, sample_rate: int) -> list[Utterance]:
+    """The utterances of one split, in the file's order; may be empty.
+
+    Args:
+        manifest: JSONL as `prepare_speaker_data.py` writes it; relative paths are relative to its folder.
+        split: "train", "val" or "test".
+        sample_rate: Hz that every line must have.
+    Raises:
+        ValueError: no such file, a line that is not as expected, another sample rate, a missing audio file.
+    """
+    manifest = Path(manifest)
+    if not manifest.is_file():
+        raise ValueError(f"{manifest}: no such manifest; make one with prepare_speaker_data.py DATA_DIR OUT_DIR")
+    utterances = []
+    with open(manifest, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            entry = _parse_line(line, f"{manifest}:{number}")
+            if entry["sample_rate"] != sample_rate:
+                raise ValueError(f"{manifest}:{number}: sample_rate={entry['sample_rate']}, the model's is {sample_rate}; "
+                                 f"prepare the data with --sample_rate {sample_rate}")  # fmt: skip
+            if entry["split"] == split and entry["n_samples"] > 0:
+                path = manifest.parent / entry["path"]
+                utterances.append(Utterance(path, str(entry["speaker"]), int(entry["n_samples"])))
+    missing = [utterance.path for utterance in utterances if not utterance.path.is_file()]
+    if missing:
+        raise ValueError(f"{manifest}: {len(missing)} of {len(utterances)} audio files are missing, the first is "
+                         f"{missing[0]}; move them back or prepare again")  # fmt: skip
+    return utterances
+
+
+def _parse_line(line: str, where: str) -> dict:
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        raise ValueError(f"{where}: not a JSON object; prepare the data again") from None
+    absent = [key for key in REQUIRED_KEYS if not isinstance(entry, dict) or key not in entry]
+    if absent:
+        raise ValueError(f"{where}: lacks {', '.join(absent)}; prepare the data again")
+    return entry
+
+
+class SegmentDataset(Dataset):
+    """Segments of fixed length, [1, S] float32, by number.
+
+    A segment's utterance is drawn in proportion to its length, its start uniformly, so that a second of a long
+    recording is as likely as a second of a short one. Speaker-balanced: first the speaker, uniformly, then as
+    before. An utterance shorter than the segment is padded with zeros at its end.
+    """
+
+    def __init__(self, utterances: list[Utterance], segment_samples: int, seed: int, speaker_balanced: bool = False):
+        if not utterances:
+            raise ValueError("data: no utterances to draw segments from; the manifest has none of this split")
+        self.segment_samples, self.seed = segment_samples, seed
+        groups: dict[str, list[Utterance]] = {}
+        for utterance in utterances:
+            groups.setdefault(utterance.speaker if speaker_balanced else "", []).append(utterance)
+        self.groups = [groups[name] for name in sorted(groups)]
+        self.ends = [np.cumsum([u.n_samples for u in group]) for group in self.groups]
+
+    def position(self, index: int) -> tuple[Utterance, int]:
+        """Utterance and first sample of segment `index`."""
+        rng = np.random.default_rng((self.seed, index))
+        group = rng.integers(len(self.groups)) if len(self.groups) > 1 else 0
+        utterance = self.groups[group][
+            np.searchsorted(self.ends[group], rng.integers(self.ends[group][-1]), side="right")
+        ]
+        return utterance, int(rng.integers(max(utterance.n_samples - self.segment_samples, 0) + 1))
+
+    def __getitem__(self, index: int) -> Tensor:
+        utterance, start = self.position(index)
+        n_samples = min(self.segment_samples, utterance.n_samples)
+        wav = read_segment(utterance.path, start, n_samples)
+        if len(wav) < n_samples:
+            warnings.warn(f"{utterance.path}: {start + len(wav)} samples, the manifest says {utterance.n_samples}; "
+                          "padded with silence", stacklevel=2)  # fmt: skip
+        segment = torch.zeros(1, self.segment_samples)
+        segment[0, : len(wav)] = torch.from_numpy(wav)
+        return segment
+
+
+class StepSampler(Sampler[list[int]]):
+    """The segment numbers of this rank, one list an update, from `first_step` to `last_step` (exclusive)."""
+
+    def __init__(self, first_step: int, last_step: int, batch_size: int, rank: int, world_size: int):
+        if batch_size % world_size:
+            raise ValueError(f"data.batch_size={batch_size} does not divide among {world_size} processes; "
+                             f"try {batch_size // world_size * world_size or world_size}")  # fmt: skip
+        self.steps = range(first_step, last_step)
+        self.batch_size, self.share, self.rank = batch_size, batch_size // world_size, rank
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in self.steps:
+            first = step * self.batch_size + self.rank * self.share
+            yield list(range(first, first + self.share))
+
+
+def segment_loader(dataset: SegmentDataset, sampler: StepSampler, n_workers: int, pin_memory: bool) -> DataLoader:
+    """Batches [B / world_size, 1, S] in the sampler's order."""
+    return DataLoader(dataset, batch_sampler=sampler, num_workers=n_workers, pin_memory=pin_memory,
+                      prefetch_factor=4 if n_workers else None, worker_init_fn=_leave_signals_to_main)  # fmt: skip
+
+
+def _leave_signals_to_main(worker_id: int) -> None:
+    """Ctrl-C and SIGTERM reach the whole process group; the main process finishes its update, saves, and ends us."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,0 +1,68 @@
+from pathlib import Path
+
+import pytest
+from conftest import TINY, tiny_config
+
+from codec.config import dump_config, load_config, parse_config, phase_at, phase_config
+from codec.discriminator import Discriminators
+from codec.model import Codec
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_shipped_config_is_valid_builds_and_survives_a_round_trip(path):
+    config = load_config(path)
+    assert parse_config(dump_config(config), "again") == config
+    assert config.name == path.stem
+    codec, discriminators = Codec(config.model), Discriminators(config.discriminators)
+    assert sum(p.numel() for p in codec.parameters()) > 1e5
+    assert len(list(discriminators.parameters())) > 0 or not config.discriminators.sets
+
+
+@pytest.mark.parametrize(
+    "override, said",
+    [
+        ("data.sgement_samples=1", "data.sgement_samples is not a known key; did you mean data.segment_samples?"),
+        ("data.segment_samples=2001", "not a multiple of hop_length=20; try 2000 or 2020"),
+        ("data.batch_size=1.5", "data.batch_size=1.5, expected int"),
+        ("train.compile=1", "train.compile=1, expected bool"),
+        ("optim.lr_g=fast", "optim.lr_g='fast', expected float"),
+        ("model.encoder.type=cnov", "model.encoder.type='cnov', expected conv | spectral"),
+        ("losses.adversarial=hing", "losses.adversarial='hing', expected hinge | least_squares | bce"),
+        ("model.decoder.strides=[4, 4]", "model.decoder has hop_length 16, model.encoder 20"),
+        ("loss_weights.codebook=1.0", "EMA codebooks take no gradient"),
+        ("phases.1.set={data.batch_size: 2}", "cannot change between phases"),
+        ("phases.1.set={loss_weights.addv: 2}", "did you mean loss_weights.adv?"),
+        ("phases.9.steps=1", "no such place in the config"),
+        ("discriminators.sets=[]", "discriminators.sets is empty"),
+        ("data.segments_per_epoch=2", "less than one batch"),
+        ("losses.mel_bins=[10]", "they go in pairs"),
+        ("nonsense", "expected key=value"),
+    ],
+)
+def test_a_bad_value_is_one_line_that_names_the_key_and_the_mend(override, said):
+    with pytest.raises(ValueError) as error:
+        tiny_config([override])
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_missing_key_and_a_key_given_twice_are_named():
+    with pytest.raises(ValueError, match="optim is missing"):
+        parse_config(TINY.replace("optim: {lr_g: 1.0e-3, lr_d: 1.0e-3}\n", ""), "a.yaml")
+    with pytest.raises(ValueError, match="'name' stands twice"):
+        parse_config(TINY + "\nname: other\n", "a.yaml")
+    with pytest.raises(ValueError, match="no such config file"):
+        load_config("missing.yaml")
+
+
+def test_a_number_that_yaml_reads_as_text_is_still_a_number():
+    assert tiny_config(["optim.lr_g=2e-4"]).optim.lr_g == 2e-4  # YAML 1.1 wants 2.0e-4
+
+
+def test_phases_follow_one_another_and_override_only_their_own_steps():
+    config = tiny_config()
+    assert [phase_at(config, step) for step in range(8)] == [0, 0, 0, 1, 1, 1, 1, 1]
+    assert phase_config(config, 0).loss_weights.adv == 0.0
+    assert phase_config(config, 1).loss_weights.adv == 1.0
+    assert config.total_steps == 8

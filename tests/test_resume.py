@@ -1,0 +1,134 @@
+"""The training script as users run it: end to end, killed and resumed, on one process and on two."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import TINY
+from safetensors.torch import load_file
+
+from codec.checkpoint import find_checkpoint
+from codec.runlog import read_metrics
+
+SCRIPT = Path(__file__).parent.parent / "train_codec_gan.py"
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def command(manifest: Path, run_dir: Path, n_processes: int, *extra: str) -> list[str]:
+    config = run_dir.parent / f"{run_dir.name}.yaml"
+    config.write_text(TINY.replace("MANIFEST", str(manifest)))
+    launch = [sys.executable]
+    if n_processes > 1:
+        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_processes}"]
+    return [*launch, str(SCRIPT), "--config", str(config), "--run_dir", str(run_dir), *extra]
+
+
+def run(*args) -> subprocess.CompletedProcess:
+    return subprocess.run(command(*args), env=ENV, capture_output=True, text=True, timeout=300)
+
+
+def start(*args) -> subprocess.Popen:
+    return subprocess.Popen(command(*args), env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                            start_new_session=True)  # fmt: skip
+
+
+def kill_after_first_checkpoint(process: subprocess.Popen, run_dir: Path, number: int) -> None:
+    """Send a signal to every process of the run, a random moment after its first checkpoint."""
+    deadline = time.monotonic() + 240
+    while not (run_dir / "checkpoints" / "latest").exists():
+        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+        time.sleep(0.02)
+    time.sleep(random.uniform(0, 0.4))
+    os.killpg(process.pid, number)
+    process.wait(timeout=60)
+
+
+def tensors(run_dir: Path) -> dict:
+    folder = find_checkpoint(run_dir)
+    return {f"{path.stem}.{name}": value for path in sorted(folder.glob("*.safetensors"))
+            for name, value in load_file(path).items()}  # fmt: skip
+
+
+@pytest.mark.parametrize("n_processes", [1, 2], ids=["one process", "two processes"])
+def test_a_killed_run_resumes_to_the_same_bits(manifest, tmp_path, n_processes):
+    whole = run(manifest, tmp_path / "whole", n_processes)
+    assert whole.returncode == 0, whole.stderr
+    process = start(manifest, tmp_path / "killed", n_processes)
+    kill_after_first_checkpoint(process, tmp_path / "killed", signal.SIGKILL)
+    resumed = run(manifest, tmp_path / "killed", n_processes, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+
+    a, b = tensors(tmp_path / "whole"), tensors(tmp_path / "killed")
+    assert a.keys() == b.keys() and len(a) > 100
+    assert any(name.startswith("optimizers.d.") and name.endswith("exp_avg") for name in a)
+    different = [name for name in a if not a[name].equal(b[name])]
+    assert different == []
+    # and the log is that of a run that was never stopped
+    logs = [
+        [{k: v for k, v in line.items() if k != "time" and "audio_s_per_s" not in k} for line in read_metrics(tmp_path / name)]
+        for name in ("whole", "killed")
+    ]
+    assert logs[0] == logs[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+def test_a_polite_signal_saves_and_leaves(manifest, tmp_path, number):
+    run_dir = tmp_path / "run"
+    process = start(manifest, run_dir, 1, "--set", "phases.1.steps=100000", "train.checkpoint_every=3")
+    kill_after_first_checkpoint(process, run_dir, number)
+    said = process.stderr.read()
+    assert process.returncode == 0, said
+    assert "saved; go on with --resume" in said
+    state = json.loads((find_checkpoint(run_dir) / "state.json").read_text())
+    assert state["step"] >= 3 and f"stopped at step {state['step']}" in said
+
+
+def test_a_run_logs_the_names_users_look_for(manifest, tmp_path):
+    run_dir = tmp_path / "run"
+    finished = run(manifest, run_dir, 1)
+    assert finished.returncode == 0, finished.stderr
+    names = {name for line in read_metrics(run_dir) for name in line}
+    for name in ("loss_g", "loss_d", "adv", "feat", "mel", "vq", "acc_real", "acc_fake", "grad_norm_g", "grad_norm_d"):
+        assert {f"train/{name}_step", f"train/{name}_epoch"} <= names, name
+    for name in ("snr_db", "si_sdr_db", "amplitude_ratio", "mel", "dc_offset", "perplexity_0", "perplexity_2"):
+        assert {f"val/{name}_step", f"val/{name}_epoch"} <= names, name
+    assert {"train/lr_g_step", "train/lr_d_step", "train/audio_s_per_s_step"} <= names
+    steps = [line["step"] for line in read_metrics(run_dir) if "train/loss_g_step" in line]
+    assert steps == list(range(1, 9))  # generator updates, each counted once
+    assert "val mel" in finished.stderr and "kbps" in finished.stderr
+    assert sorted(p.name for p in (run_dir / "checkpoints").glob("step_*"))[-1] == "step_00000008"
+    assert (run_dir / "config.yaml").is_file() and list((run_dir / "tensorboard").glob("events*"))
+
+    again = run(manifest, run_dir, 1)  # a second run must not write into the first one's folder
+    assert again.returncode == 2 and len(again.stderr.strip().splitlines()[-1]) > 10
+    other = run(manifest, run_dir, 1, "--resume", "--set", "model.latent_dim=20")
+    assert other.returncode == 2 and "its model section differs" in other.stderr
+
+
+@pytest.mark.parametrize(
+    "extra, said",
+    [
+        (["--set", "data.manifest=none.jsonl"], "train_codec_gan: none.jsonl: no such manifest"),
+        (["--set", "data.segment_samples=2001"], "not a multiple of hop_length"),
+        (["--set", "model.sample_rate=16000"], "prepare the data with --sample_rate 16000"),
+    ],
+    ids=["manifest", "segment", "rate"],
+)
+def test_bad_input_is_one_line_and_exit_code_2_and_leaves_no_run_behind(manifest, tmp_path, extra, said):
+    finished = run(manifest, tmp_path / "run", 1, *extra)
+    assert finished.returncode == 2 and said in finished.stderr
+    assert len(finished.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_stays_non_finite_stops_and_names_the_terms(manifest, tmp_path):
+    finished = run(manifest, tmp_path / "run", 1, "--set", "optim.lr_g=1e30", "train.max_skipped_in_row=3", "phases.1.steps=50")
+    assert finished.returncode == 2, finished.stderr
+    assert "update skipped, not finite" in finished.stderr
+    assert "3 updates in a row were not finite" in finished.stderr.strip().splitlines()[-1]

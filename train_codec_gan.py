@@ -1,0 +1,437 @@
+"""Train a neural speech codec: read this file top to bottom.
+
+    python train_codec_gan.py --config configs/quickstart.yaml
+    torchrun --nproc_per_node=8 train_codec_gan.py --config configs/telugu.yaml --resume
+
+A run lives in runs/NAME: config.yaml, metrics.jsonl, tensorboard/, checkpoints/. "Steps" are generator updates.
+"""
+
+import argparse
+import math
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_
+from tqdm import tqdm
+
+from codec import distributed, metrics
+from codec.checkpoint import (
+    find_checkpoint,
+    load_into,
+    load_state,
+    load_tensors,
+    optimizer_tensors,
+    restore_optimizer,
+    save_checkpoint,
+)
+from codec.config import Config, OptimConfig, dump_config, load_config, parse_config, phase_at, phase_config
+from codec.data import SegmentDataset, StepSampler, read_manifest, segment_loader
+from codec.discriminator import Discriminators
+from codec.files import write_atomically
+from codec.losses import (
+    Balancer,
+    MelLoss,
+    MultiScaleSpectralLoss,
+    discriminator_loss,
+    feature_matching_loss,
+    generator_adversarial_loss,
+    scale_loss,
+    waveform_loss,
+)
+from codec.model import Codec
+from codec.runlog import EpochMeans, RunLog
+
+VAL_SEED = 12345  # validation segments are the same in every run on the same data
+
+
+@dataclass
+class Training:
+    """Everything an update changes. The two networks are wrapped in DDP where there are several processes."""
+
+    codec: nn.Module
+    discriminators: nn.Module
+    optimizer_g: torch.optim.Optimizer
+    optimizer_d: torch.optim.Optimizer
+    mel_loss: MelLoss
+    msspec_loss: MultiScaleSpectralLoss
+    balancer: Balancer | None
+
+
+# ------------------------------------------------------------------------- one update
+
+
+def train_step(wav: Tensor, t: Training, config: Config, step: int) -> dict[str, Tensor]:
+    """One discriminator update, then one generator update, on the same forward of the codec.
+
+    Args:
+        wav: [B, 1, T] on the codec's device.
+        config: as the current phase resolves it.
+        step: number of this update; seeds what is random in it.
+    Returns:
+        Unweighted terms, totals and gradient norms by name, detached. `skipped_g` or `skipped_d` is 1 where a
+        non-finite loss or gradient made that update be left out.
+    """
+    weights, optim, kind = config.loss_weights, config.optim, config.losses.adversarial
+    adversarial = weights.adv > 0 or weights.feat > 0
+    precision = torch.autocast(wav.device.type, torch.bfloat16, enabled=config.train.precision == "bf16")
+    torch.manual_seed(hash((config.train.seed, step, distributed.rank())))
+    set_learning_rate(t.optimizer_g, optim.lr_g, optim, step, config.total_steps)
+    set_learning_rate(t.optimizer_d, optim.lr_d, optim, step, config.total_steps)
+    log = {}
+    with precision:
+        out = t.codec(wav)  # the only forward of the codec: codebook statistics see each batch once
+
+    # Discriminator: real against detached fake, in one pass.
+    if adversarial:
+        t.discriminators.requires_grad_(True)
+        with precision:
+            logits, _ = t.discriminators(torch.cat([wav, out.wav_hat.detach()]))
+        logits_real, logits_fake = zip(*(x.chunk(2) for x in logits))
+        log["loss_d"] = discriminator_loss(logits_real, logits_fake, kind)
+        log["acc_real"], log["acc_fake"] = metrics.discriminator_accuracy(logits_real, logits_fake, kind)
+        t.optimizer_d.zero_grad()
+        log["loss_d"].backward()
+        log["grad_norm_d"] = clip_grad_norm_(t.discriminators.parameters(), optim.max_grad_norm_d)
+        log["skipped_d"] = non_finite_anywhere(log["loss_d"], log["grad_norm_d"])
+        if not log["skipped_d"]:
+            t.optimizer_d.step()
+
+    # Generator: the updated discriminators are frozen, and real features need no graph.
+    terms = reconstruction_terms(wav, out.wav_hat, t, config)
+    if adversarial:
+        t.discriminators.requires_grad_(False)
+        with precision:
+            with torch.no_grad():
+                _, features_real = unwrap(t.discriminators)(wav)
+            logits_fake, features_fake = unwrap(t.discriminators)(out.wav_hat)
+        terms["adv"] = generator_adversarial_loss(logits_fake, kind)
+        terms["feat"] = feature_matching_loss(features_real, features_fake, config.losses.feat_relative)
+    vq = weights.commit * out.quantized.commit + weights.codebook * out.quantized.codebook
+    loss_g = sum(getattr(weights, name) * term for name, term in terms.items()) + vq
+    t.optimizer_g.zero_grad()
+    if t.balancer is None:
+        loss_g.backward()
+    else:  # one backward from the output, so that DDP synchronises as ever
+        balanced = t.balancer({name: (term, getattr(weights, name)) for name, term in terms.items()}, out.wav_hat)
+        ((out.wav_hat * balanced).sum() + vq).backward()
+    log["grad_norm_g"] = clip_grad_norm_(t.codec.parameters(), optim.max_grad_norm_g)
+    log["skipped_g"] = non_finite_anywhere(loss_g, log["grad_norm_g"])
+    if not log["skipped_g"]:
+        t.optimizer_g.step()
+        if config.model.quantizer.type == "ema":
+            unwrap(t.codec).quantizer.update_codebooks(out.quantized, step)
+    log |= terms | {"loss_g": loss_g, "vq": out.quantized.commit + out.quantized.codebook}
+    log["snr_db"] = metrics.snr_db(wav, out.wav_hat).nanmean()
+    log["amplitude_ratio"] = metrics.amplitude_ratio(wav, out.wav_hat).nanmean()
+    return {name: value.detach() for name, value in log.items()}
+
+
+def reconstruction_terms(wav: Tensor, wav_hat: Tensor, t: Training, config: Config) -> dict[str, Tensor]:
+    """The terms with a weight that compare signals; one without is not computed."""
+    weights, terms = config.loss_weights, {}
+    if weights.wave > 0:
+        terms["wave"] = waveform_loss(wav, wav_hat)
+    if weights.scale > 0:
+        terms["scale"] = scale_loss(wav, wav_hat)
+    if weights.mel > 0:
+        terms["mel"] = t.mel_loss(wav, wav_hat)
+    if weights.msspec > 0:
+        terms["msspec"] = t.msspec_loss(wav, wav_hat)
+    return terms
+
+
+def learning_rate(peak: float, optim: OptimConfig, step: int, total_steps: int) -> float:
+    """Learning rate of update `step`: a pure function, so that there is no scheduler to save."""
+    if step < optim.warmup_steps:
+        return peak * (step + 1) / optim.warmup_steps
+    if optim.schedule == "exponential":
+        return peak * optim.gamma**step
+    if optim.schedule == "cosine":
+        done = (step - optim.warmup_steps) / max(total_steps - optim.warmup_steps, 1)
+        floor = optim.min_lr_ratio
+        return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done)))
+    return peak
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, peak: float, optim: OptimConfig, step: int, total: int) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(peak, optim, step, total)
+
+
+def non_finite_anywhere(*values: Tensor) -> Tensor:
+    """1.0 where any value on any rank is NaN or Inf, so that all ranks skip together; else 0.0."""
+    finite = torch.stack([value.detach().float() for value in values]).isfinite().all()
+    return distributed.all_reduce_max((~finite).float())
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    return module.module if isinstance(module, DistributedDataParallel) else module
+
+
+# ------------------------------------------------------------------------- validation
+
+
+@torch.no_grad()
+def validate(codec: Codec, val: SegmentDataset, config: Config, device: torch.device, log: RunLog | None, step: int) -> dict:
+    """Metrics over fixed segments of the validation split, shared out over the ranks; logs sound and pictures."""
+    share = max(config.data.val_segments // distributed.world_size(), 1)
+    first = distributed.rank() * share
+    codec.eval()
+    per_item, codes = [], []
+    for index in range(first, first + share):
+        wav = val[index][None].to(device)
+        out = codec(wav)
+        codes.append(out.quantized.codes)
+        per_item.append(torch.stack([metrics.snr_db(wav, out.wav_hat), metrics.si_sdr_db(wav, out.wav_hat),
+                                     metrics.amplitude_ratio(wav, out.wav_hat), metrics.dc_offset(out.wav_hat),
+                                     metrics.mel_distance(wav, out.wav_hat, codec.sample_rate)], 1))  # fmt: skip
+        if log and index < 3:
+            log.audio(step, f"input/{index}", wav[0], codec.sample_rate)
+            log.audio(step, f"reconstruction/{index}", out.wav_hat[0], codec.sample_rate)
+            log.spectrogram(step, f"input_above_reconstruction/{index}", wav[0], out.wav_hat[0], codec.sample_rate)
+    codec.train()
+    items = distributed.all_gather_cat(torch.cat(per_item)).nanmean(0).tolist()
+    used, perplexity = metrics.codebook_usage(distributed.all_gather_cat(torch.cat(codes)), codec.codebook_size)
+    names = ("snr_db", "si_sdr_db", "amplitude_ratio", "dc_offset", "mel")
+    scores = {f"val/{name}": value for name, value in zip(names, items)}
+    for level in range(codec.n_codebooks):
+        scores[f"val/perplexity_{level}"] = perplexity[level].item()
+        scores[f"val/used_{level}"] = used[level].item()
+    return scores
+
+
+# ------------------------------------------------------------------------------ set-up
+
+
+def build(config: Config, device: torch.device) -> Training:
+    """Networks and optimizers for a fresh run, the same on every rank."""
+    torch.manual_seed(config.train.seed)
+    codec = Codec(config.model).to(device).train()
+    discriminators = Discriminators(config.discriminators).to(device).train()
+    if config.train.compile:
+        for module in (codec.encoder, codec.decoder, discriminators):
+            module.compile()
+    optimizer_g = adamw(codec, config.optim.lr_g, config.optim)
+    optimizer_d = adamw(discriminators, config.optim.lr_d, config.optim)
+    if distributed.world_size() > 1:
+        # buffers are not broadcast: codebooks are kept equal by update_codebooks itself
+        codec = DistributedDataParallel(codec, broadcast_buffers=False)
+        if config.discriminators.sets:
+            discriminators = DistributedDataParallel(discriminators, broadcast_buffers=False)
+    losses = config.losses
+    return Training(
+        codec, discriminators, optimizer_g, optimizer_d,
+        MelLoss(config.model.sample_rate, losses.mel_windows, losses.mel_bins).to(device),
+        MultiScaleSpectralLoss(losses.msspec_windows).to(device),
+        None,
+    )  # fmt: skip
+
+
+def adamw(module: nn.Module, lr: float, optim: OptimConfig) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices and kernels; biases, gains and snake alphas have one long axis only."""
+    parameters = list(module.parameters()) or [nn.Parameter(torch.zeros(1))]
+    decayed = [p for p in parameters if p.numel() > max(p.shape, default=1)]
+    others = [p for p in parameters if p.numel() <= max(p.shape, default=1)]
+    groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=optim.betas, fused=True)
+
+
+@torch.no_grad()
+def start_codebooks(codec: Codec, dataset: SegmentDataset, config: Config, device: torch.device) -> None:
+    """k-means on latents of the untrained encoder, from segments that the training does not begin with."""
+    frames_per_update = config.data.batch_size * config.data.segment_samples // codec.hop_length
+    n_batches = -(-config.model.quantizer.kmeans_frames // frames_per_update)
+    far = 2**40 // config.data.batch_size  # a step no run reaches
+    sampler = StepSampler(far, far + n_batches, config.data.batch_size, distributed.rank(), distributed.world_size())
+    batches = (torch.stack([dataset[index] for index in indices]) for indices in sampler)
+    latents = [distributed.all_gather_cat(codec.encoder(wav.to(device)).float()) for wav in batches]
+    codec.quantizer.init_codebooks(torch.cat(latents), frames_per_update)
+
+
+def save(run_dir: Path, t: Training, config: Config, state: dict, best: bool) -> None:
+    """One checkpoint, by the main process; nobody goes on before it is whole."""
+    if distributed.is_main():
+        tensors = {
+            "model": unwrap(t.codec).state_dict(),
+            "discriminators": unwrap(t.discriminators).state_dict(),
+            "optimizers": optimizer_tensors(t.optimizer_g, "g") | optimizer_tensors(t.optimizer_d, "d"),
+        }
+        if t.balancer:
+            state = state | {"balancer": t.balancer.state_dict()}
+        save_checkpoint(run_dir, state["step"], tensors, state, dump_config(config), best=best,
+                        keep_last=config.train.keep_last)  # fmt: skip
+    distributed.barrier()
+
+
+def restore(folder: Path, t: Training, config: Config) -> dict:
+    """Load a checkpoint into `t`; returns its state. The model and discriminators must be the config's."""
+    saved = parse_config((folder / "config.yaml").read_text(), str(folder / "config.yaml"))
+    for section in ("model", "discriminators"):
+        if getattr(saved, section) != getattr(config, section):
+            raise ValueError(f"{folder}: its {section} section differs from the config's; resume with "
+                             f"{folder / 'config.yaml'}, or start a new run with another --run_dir")  # fmt: skip
+    state = load_state(folder)
+    load_into(unwrap(t.codec), load_tensors(folder / "model.safetensors"), str(folder / "model.safetensors"))
+    load_into(unwrap(t.discriminators), load_tensors(folder / "discriminators.safetensors"),
+              str(folder / "discriminators.safetensors"))  # fmt: skip
+    tensors = load_tensors(folder / "optimizers.safetensors")
+    restore_optimizer(t.optimizer_g, tensors, "g")
+    restore_optimizer(t.optimizer_d, tensors, "d")
+    if t.balancer and "balancer" in state:
+        t.balancer.load_state_dict(state["balancer"])
+    return state
+
+
+# ---------------------------------------------------------------------------- the loop
+
+
+def train(config: Config, run_dir: Path, resume: bool, device: torch.device) -> None:
+    started, main = time.monotonic(), distributed.is_main()
+    stop_requested = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop_requested.append(True))
+
+    # Data
+    data = config.data
+    train_set = SegmentDataset(read_manifest(data.manifest, "train", config.model.sample_rate), data.segment_samples,
+                               config.train.seed, data.speaker_balanced)  # fmt: skip
+    val_utterances = read_manifest(data.manifest, "val", config.model.sample_rate)
+    if not val_utterances:
+        tell(f"warning: {data.manifest} has no val split; val/ figures will be of training data")
+        val_utterances = read_manifest(data.manifest, "train", config.model.sample_rate)
+    val_set = SegmentDataset(val_utterances, data.val_segment_samples or data.segment_samples, VAL_SEED)
+
+    # Model, or where the last run left it
+    t = build(config, device)
+    state = {"step": 0, "best_mel": math.inf, "skipped_in_row": 0, "sums": {}, "counts": {}}
+    if resume and any((run_dir / "checkpoints").glob("step_*")):
+        folder = find_checkpoint(run_dir)
+        state = restore(folder, t, config)
+        tell(f"resumed from {folder}")
+    elif config.model.quantizer.type == "ema":
+        start_codebooks(unwrap(t.codec), train_set, config, device)
+    log = None
+    if main:
+        log = RunLog(run_dir, resume_step=state["step"] if resume else None)
+        write_atomically(run_dir / "config.yaml", dump_config(config))
+    sampler = StepSampler(state["step"], config.total_steps, data.batch_size, distributed.rank(),
+                          distributed.world_size())  # fmt: skip
+    loader = segment_loader(train_set, sampler, data.n_workers, pin_memory=device.type == "cuda")
+    means = EpochMeans(state["sums"], state["counts"])
+    steps_per_epoch = data.segments_per_epoch // data.batch_size
+    audio_s_per_step = data.batch_size * data.segment_samples / config.model.sample_rate
+    tell(f"{config.name}: {count_parameters(unwrap(t.codec)):.2f}M parameters, discriminators "
+         f"{count_parameters(unwrap(t.discriminators)):.2f}M; {unwrap(t.codec).bitrate_kbps:.2f} kbps; "
+         f"{config.total_steps} steps of {audio_s_per_step:.1f} s of audio, {steps_per_epoch} an epoch; log in {run_dir}")
+
+    bar = tqdm(total=config.total_steps, initial=state["step"], disable=not main, unit="step", dynamic_ncols=True,
+               mininterval=0.5 if sys.stderr.isatty() else 30)  # fmt: skip
+    shown, clock, clock_step = {}, time.monotonic(), state["step"]
+    for wav in loader:
+        step = state["step"]
+        phase = phase_config(config, phase_at(config, step))
+        wav = wav.to(device, non_blocking=True)
+        values = train_step(wav, t, phase, step)
+        names = list(values)
+        over_time = config.train.max_minutes and time.monotonic() - started > 60 * config.train.max_minutes
+        packed = torch.stack([values[name].float() for name in names]
+                             + [torch.tensor(float(bool(stop_requested or over_time)), device=device)])  # fmt: skip
+        *averages, stop = distributed.mean_over_ranks(packed).tolist()
+        values = dict(zip(names, averages))
+        state["step"] = step = step + 1
+        means.add({f"train/{name}": value for name, value in values.items()})
+        bar.update()
+
+        # A non-finite update was left out already; here it is named, and ends the run when it repeats.
+        if values["skipped_g"] or values.get("skipped_d"):
+            state["skipped_in_row"] += 1
+            bad = [name for name, value in values.items() if not math.isfinite(value)] or ["a gradient"]
+            bar.write(f"step {step}: update skipped, not finite: {', '.join(bad)}", file=sys.stderr)
+            if state["skipped_in_row"] >= config.train.max_skipped_in_row:
+                bar.close()
+                raise ValueError(f"step {step}: {state['skipped_in_row']} updates in a row were not finite "
+                                 f"({', '.join(bad)}); lower optim.lr_g or train in fp32, then --resume")  # fmt: skip
+        else:
+            state["skipped_in_row"] = 0
+
+        if main and step % config.train.log_every == 0:
+            rate = (step - clock_step) * audio_s_per_step / (time.monotonic() - clock)
+            clock, clock_step = time.monotonic(), step
+            rates = {"lr_g": t.optimizer_g.param_groups[0]["lr"], "lr_d": t.optimizer_d.param_groups[0]["lr"],
+                     "audio_s_per_s": rate, "audio_hours": step * audio_s_per_step / 3600}  # fmt: skip
+            log.scalars(step, {f"train/{name}_step": value for name, value in (values | rates).items()})
+            shown |= {"audio_s/s": f"{rate:.0f}", "mel": f"{values.get('mel', math.nan):.3f}",
+                      "snr": f"{values['snr_db']:.1f}dB", "amp": f"{values['amplitude_ratio']:.2f}",
+                      "loss_d": f"{values.get('loss_d', math.nan):.2f}"}  # fmt: skip
+            bar.set_postfix(shown, refresh=False)
+
+        last = step == config.total_steps
+        best = False
+        if step % config.train.val_every == 0 or last:
+            scores = validate(unwrap(t.codec), val_set, config, device, log, step)
+            means.add(scores)
+            best = scores["val/mel"] < state["best_mel"]
+            state["best_mel"] = min(scores["val/mel"], state["best_mel"])
+            if main:
+                log.scalars(step, {f"{name}_step": value for name, value in scores.items()})
+                bar.write(validation_line(step, phase.name, scores, values), file=sys.stderr)
+        if main and (step % steps_per_epoch == 0 or last):
+            log.scalars(step, {"epoch": step / steps_per_epoch}
+                        | {f"{name}_epoch": value for name, value in means.pop().items()})  # fmt: skip
+        elif step % steps_per_epoch == 0:
+            means.pop()
+        if step % config.train.checkpoint_every == 0 or last or stop or best:
+            save(run_dir, t, config, state | {"sums": means.sums, "counts": means.counts}, best)
+        if stop:
+            bar.write(f"stopped at step {step}, saved; go on with --resume", file=sys.stderr)
+            break
+    bar.close()
+    if log:
+        log.close()
+
+
+def validation_line(step: int, name: str, scores: dict, values: dict) -> str:
+    """The line a person reads after each validation."""
+    perplexity = [value for key, value in scores.items() if key.startswith("val/perplexity")]
+    return (f"step {step} ({name}): val mel {scores['val/mel']:.2f} dB, snr {scores['val/snr_db']:.2f} dB, "
+            f"amplitude {scores['val/amplitude_ratio']:.2f}, perplexity {min(perplexity):.0f} to {max(perplexity):.0f}, "
+            f"loss_g {values['loss_g']:.3f}, loss_d {values.get('loss_d', math.nan):.3f}")  # fmt: skip
+
+
+def count_parameters(module: nn.Module) -> float:
+    """In millions."""
+    return sum(p.numel() for p in module.parameters()) / 1e6
+
+
+def tell(message: str) -> None:
+    if distributed.is_main():
+        print(message, file=sys.stderr)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", required=True, help="YAML file, see configs/")
+    parser.add_argument("--run_dir", help="default: runs/NAME, NAME from the config")
+    parser.add_argument("--resume", action="store_true", help="go on from the run's latest checkpoint, if it has one")
+    parser.add_argument("--set", nargs="+", default=[], action="extend", metavar="KEY=VALUE", help="override a config value")
+    args = parser.parse_args()
+    device = distributed.setup()
+    try:
+        config = load_config(args.config, args.set)
+        train(config, Path(args.run_dir or Path("runs") / config.name), args.resume, device)
+    except ValueError as error:
+        print(f"train_codec_gan: {error}", file=sys.stderr)
+        return 2
+    finally:
+        distributed.shutdown()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
