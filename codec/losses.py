@@ -1,0 +1,280 @@
+"""Training losses that need no teacher: unweighted scalars that know no discriminator and no config.
+
+Commitment and codebook losses live beside the quantizer in rvq.py.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from codec.spectral import mel_filterbank, stft
+
+# ---------------------------------------------------------------------- adversarial
+
+
+def discriminator_loss(logits_real: list[Tensor], logits_fake: list[Tensor], kind: str) -> Tensor:
+    """What the discriminator minimises, averaged over sub-discriminators.
+
+    Args:
+        logits_real: one map of any shape a sub-discriminator, for recordings.
+        logits_fake: the same for reconstructions that carry no gradient to the generator.
+        kind: `hinge`, `least_squares` or `bce`.
+    Returns:
+        Scalar. For logits that are all 0: hinge exactly 2, least squares 1, bce 2 ln 2.
+    Raises:
+        ValueError: unknown kind.
+
+    Source: Lim and Ye 2017; Mao et al. 2017; Goodfellow et al. 2014. Departure: HiFi-GAN and DAC sum over
+    sub-discriminators; the mean keeps one scale for every set of them.
+    """
+    terms = [
+        _real_term(real.float(), kind) + _fake_term(fake.float(), kind)
+        for real, fake in zip(logits_real, logits_fake, strict=True)
+    ]
+    return torch.stack(terms).mean()
+
+
+def generator_adversarial_loss(logits_fake: list[Tensor], kind: str) -> Tensor:
+    """What the generator minimises against the discriminators, averaged over them.
+
+    Args:
+        logits_fake: one map of any shape a sub-discriminator, with gradient to the generator.
+        kind: `hinge`, `least_squares` or `bce` (the non-saturating form).
+    Returns:
+        Scalar. Hinge is unbounded below: it is minus the mean logit.
+    Raises:
+        ValueError: unknown kind.
+    """
+    if kind == "hinge":
+        return torch.stack([-logit.float().mean() for logit in logits_fake]).mean()
+    return torch.stack([_real_term(logit.float(), kind) for logit in logits_fake]).mean()
+
+
+def _real_term(logit: Tensor, kind: str) -> Tensor:
+    """How far a logit is from saying 'real'."""
+    if kind == "hinge":
+        return F.relu(1 - logit).mean()
+    if kind == "least_squares":
+        return (1 - logit).square().mean()
+    if kind == "bce":
+        return F.softplus(-logit).mean()
+    raise ValueError(f"adversarial loss: got '{kind}', expected hinge, least_squares or bce")
+
+
+def _fake_term(logit: Tensor, kind: str) -> Tensor:
+    """How far a logit is from saying 'fake'; least squares puts that at 0, the others at -1 and below."""
+    return logit.square().mean() if kind == "least_squares" else _real_term(-logit, kind)
+
+
+def feature_matching_loss(
+    features_real: list[list[Tensor]], features_fake: list[list[Tensor]], relative: bool = False
+) -> Tensor:
+    """L1 distance of discriminator activations, averaged over layers, then over sub-discriminators.
+
+    Args:
+        features_real: activations per sub-discriminator and layer, for recordings; detached here.
+        features_fake: the same for reconstructions; receives gradient.
+        relative: divide each layer's distance by the mean magnitude of its real activations (EnCodec).
+    Returns:
+        Scalar.
+
+    Source: Kumar et al. 2019 (MelGAN); Défossez et al. 2022, eq. 2. DAC and HiFi-GAN sum where we average.
+    """
+    means = []
+    for reals, fakes in zip(features_real, features_fake, strict=True):
+        layers = []
+        for real, fake in zip(reals, fakes, strict=True):
+            real = real.detach().float()
+            distance = F.l1_loss(fake.float(), real)
+            layers.append(distance / real.abs().mean().clamp_min(1e-8) if relative else distance)
+        means.append(torch.stack(layers).mean())
+    return torch.stack(means).mean()
+
+
+# ------------------------------------------------------------------------- waveform
+
+
+def waveform_loss(wav: Tensor, wav_hat: Tensor) -> Tensor:
+    """Mean absolute difference of samples.
+
+    Args:
+        wav: [B, 1, T] target.
+        wav_hat: [B, 1, T] reconstruction; receives gradient.
+    """
+    return F.l1_loss(wav_hat.float(), wav.float())
+
+
+def scale_loss(wav: Tensor, wav_hat: Tensor) -> Tensor:
+    """Squared difference of the RMS level of input and output, averaged over the batch.
+
+    Args:
+        wav: [B, 1, T] target.
+        wav_hat: [B, 1, T] reconstruction; receives gradient, also where it is silent.
+    """
+    return F.mse_loss(_rms(wav_hat), _rms(wav))
+
+
+def _rms(wav: Tensor) -> Tensor:
+    """[B, 1, T] -> [B, 1]; the small constant keeps the gradient of the root finite in silence."""
+    return (wav.float().square().mean(dim=-1) + 1e-8).sqrt()
+
+
+# ------------------------------------------------------------------------- spectrum
+
+
+class MelLoss(nn.Module):
+    """L1 distance of log mel spectrograms, summed over scales.
+
+    Args:
+        sample_rate: Hz.
+        windows: samples, one scale each; the hop is a quarter of the window.
+        n_mels: bands of each scale.
+        floor: magnitudes below it count as equal. The gradient of the logarithm is 1 / magnitude, so a low floor
+            spends most of the gradient on near silence; 1e-5 is below what 16 bits can hold.
+
+    Source: Kumar et al. 2023 (DAC), with its published settings (power 1, floor 1e-5, log10, no linear term).
+    """
+
+    def __init__(self, sample_rate: int, windows: Sequence[int], n_mels: Sequence[int], floor: float = 1e-5):
+        super().__init__()
+        pairs = zip(windows, n_mels, strict=True)
+        self.scales = nn.ModuleList(_LogMel(sample_rate, window, bands, floor) for window, bands in pairs)
+
+    def forward(self, wav: Tensor, wav_hat: Tensor) -> Tensor:
+        """Distance of wav_hat [B, 1, T], which receives gradient, from wav [B, 1, T]."""
+        distances = []
+        for log_mel in self.scales:
+            with torch.no_grad():
+                target = log_mel(wav)
+            distances.append(F.l1_loss(log_mel(wav_hat), target))
+        return torch.stack(distances).sum()
+
+
+class _LogMel(nn.Module):
+    """[B, 1, T] -> [B, T', n_mels], log10 of mel-weighted magnitudes, hop a quarter of the window."""
+
+    def __init__(self, sample_rate: int, window: int, n_mels: int, floor: float):
+        super().__init__()
+        self.floor = floor
+        self.register_buffer("window", torch.hann_window(window), persistent=False)
+        self.register_buffer("filters", mel_filterbank(sample_rate, window, n_mels), persistent=False)
+
+    def forward(self, wav: Tensor) -> Tensor:
+        magnitude = stft(wav.squeeze(1), self.window, len(self.window) // 4, center=True).abs()
+        with torch.autocast(wav.device.type, enabled=False):
+            return (magnitude @ self.filters).clamp_min(self.floor).log10()
+
+
+class MultiScaleSpectralLoss(nn.Module):
+    """L1 on linear plus weighted L2 on log magnitude spectra, a weighted mean over scales (`msspec`).
+
+    With S the spectrum of scale n and a = sqrt(n / 2):
+    `sum_n(|S - S_hat| + a (log10 S - log10 S_hat)^2) / sum_n(1 + a)`.
+
+    Args:
+        windows: samples, one scale each; the hop is a quarter of the window.
+
+    Source: Zeghidour et al. 2021 (SoundStream), eq. 4. Departures, as in AudioCraft: windows of unit energy,
+    the mean of squares in place of a norm per frame, 1e-5 added under the logarithm, division by the sum of
+    weights. A departure from both: magnitudes are plain, since 64 mel bands are mostly empty at 64 samples.
+    """
+
+    def __init__(self, windows: Sequence[int] = (64, 128, 256, 512, 1024)):
+        super().__init__()
+        self.scales = nn.ModuleList(_Magnitude(window) for window in windows)
+        self.log_weights = [(window / 2) ** 0.5 for window in windows]
+
+    def forward(self, wav: Tensor, wav_hat: Tensor) -> Tensor:
+        """Distance of wav_hat [B, 1, T], which receives gradient, from wav [B, 1, T]."""
+        distances = []
+        for magnitude, log_weight in zip(self.scales, self.log_weights, strict=True):
+            with torch.no_grad():
+                target = magnitude(wav)
+            estimate = magnitude(wav_hat)
+            log_distance = F.mse_loss((estimate + 1e-5).log10(), (target + 1e-5).log10())
+            distances.append(F.l1_loss(estimate, target) + log_weight * log_distance)
+        return torch.stack(distances).sum() / sum(1 + log_weight for log_weight in self.log_weights)
+
+
+class _Magnitude(nn.Module):
+    """[B, 1, T] -> [B, T', F] magnitudes under a window of unit energy, hop a quarter of the window."""
+
+    def __init__(self, window: int):
+        super().__init__()
+        hann = torch.hann_window(window)
+        self.register_buffer("window", hann / hann.square().sum().sqrt(), persistent=False)
+
+    def forward(self, wav: Tensor) -> Tensor:
+        return stft(wav.squeeze(1), self.window, len(self.window) // 4, center=True).abs()
+
+
+# ------------------------------------------------------------------------- balancer
+
+
+class Balancer:
+    """Gives each loss its share of the gradient that reaches the generator's output.
+
+    The norm of `g_i = d loss_i / d wav_hat`, per item, is averaged over the batch, ranks and updates; the
+    combined gradient is `sum_i g_i / norm_i * weight_i / sum(weights) / B`. A weight is then a share,
+    whatever the scale of its loss.
+
+    Args:
+        decay: of the moving average of the norms.
+        mean_over_ranks: maps a vector to its mean over ranks; None in a single process.
+
+    Source: Défossez et al. 2022 (EnCodec), section 3.4. Departure: divided by the batch B, so that the
+    strength beside the quantizer's losses depends neither on the batch nor on the number of ranks; EnCodec's
+    is B times larger.
+    """
+
+    def __init__(self, decay: float = 0.999, mean_over_ranks: Callable[[Tensor], Tensor] | None = None):
+        self.decay = decay
+        self.mean_over_ranks = mean_over_ranks
+        self.sums: dict[str, float] = {}  # of norms, and of ones: the ratio has no start-up bias
+        self.counts: dict[str, float] = {}
+
+    def __call__(self, losses: dict[str, tuple[Tensor, float]], wav_hat: Tensor) -> Tensor:
+        """The balanced gradient; send it back by `(wav_hat * gradient).sum().backward()`.
+
+        Args:
+            losses: name to (scalar that depends on wav_hat, weight); graphs are walked to wav_hat and kept.
+            wav_hat: [B, 1, T] with gradient.
+        Returns:
+            [B, 1, T], this rank's gradient, without graph.
+        Raises:
+            ValueError: no weight is above 0.
+        """
+        total = sum(weight for _, weight in losses.values())
+        if total <= 0:
+            raise ValueError(f"balancer: got weights of sum {total}, expected more than 0; weigh a loss")
+        gradients = [torch.autograd.grad(loss, wav_hat, retain_graph=True)[0] for loss, _ in losses.values()]
+        norms = self._average(list(losses), [g.float().flatten(1).norm(dim=1).mean() for g in gradients])
+        balanced = torch.zeros_like(wav_hat)
+        for (_, weight), gradient, norm in zip(losses.values(), gradients, norms, strict=True):
+            balanced += gradient * (weight / total / (norm + 1e-12) / len(wav_hat))
+        return balanced
+
+    def _average(self, names: list[str], norms: list[Tensor]) -> list[float]:
+        """Moving averages of the named norms after this update; NaN and Inf pass through but are not kept."""
+        current = torch.stack(norms)
+        if self.mean_over_ranks is not None:
+            current = self.mean_over_ranks(current)
+        averages = []
+        for name, norm in zip(names, current.tolist(), strict=True):
+            if not math.isfinite(norm):
+                averages.append(norm)
+                continue
+            self.sums[name] = self.decay * self.sums.get(name, 0.0) + norm
+            self.counts[name] = self.decay * self.counts.get(name, 0.0) + 1
+            averages.append(self.sums[name] / self.counts[name])
+        return averages
+
+    def state_dict(self) -> dict:
+        """Moving averages as plain numbers, ready for JSON."""
+        return {"sums": dict(self.sums), "counts": dict(self.counts)}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.sums, self.counts = dict(state["sums"]), dict(state["counts"])
