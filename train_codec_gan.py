@@ -30,7 +30,7 @@ from codec.checkpoint import (
     restore_optimizer,
     save_checkpoint,
 )
-from codec.config import Config, OptimConfig, dump_config, load_config, parse_config, phase_at, phase_config
+from codec.config import Config, OptimConfig, dump_config, load_config, parse_config, phase_at, phase_config, to_dict
 from codec.data import SegmentDataset, StepSampler, read_manifest, segment_loader
 from codec.discriminator import Discriminators
 from codec.files import write_atomically
@@ -81,8 +81,7 @@ def train_step(wav: Tensor, t: Training, config: Config, step: int) -> dict[str,
     adversarial = weights.adv > 0 or weights.feat > 0
     precision = torch.autocast(wav.device.type, torch.bfloat16, enabled=config.train.precision == "bf16")
     torch.manual_seed(hash((config.train.seed, step, distributed.rank())))
-    set_learning_rate(t.optimizer_g, optim.lr_g, optim, step, config.total_steps)
-    set_learning_rate(t.optimizer_d, optim.lr_d, optim, step, config.total_steps)
+    set_learning_rates(t, optim, step, config.total_steps)
     log = {}
     with precision:
         out = t.codec(wav)  # the only forward of the codec: codebook statistics see each batch once
@@ -117,8 +116,9 @@ def train_step(wav: Tensor, t: Training, config: Config, step: int) -> dict[str,
     t.optimizer_g.zero_grad()
     if t.balancer is None:
         loss_g.backward()
-    else:  # one backward from the output, so that DDP synchronises as ever
-        balanced = t.balancer({name: (term, getattr(weights, name)) for name, term in terms.items()}, out.wav_hat)
+    else:  # the gradient at the output is given, so one backward remains and DDP synchronises as ever
+        weighted = {name: (term, getattr(weights, name)) for name, term in terms.items() if getattr(weights, name) > 0}
+        balanced = t.balancer(weighted, out.wav_hat)
         ((out.wav_hat * balanced).sum() + vq).backward()
     log["grad_norm_g"] = clip_grad_norm_(t.codec.parameters(), optim.max_grad_norm_g)
     log["skipped_g"] = non_finite_anywhere(loss_g, log["grad_norm_g"])
@@ -126,7 +126,11 @@ def train_step(wav: Tensor, t: Training, config: Config, step: int) -> dict[str,
         t.optimizer_g.step()
         if config.model.quantizer.type == "ema":
             unwrap(t.codec).quantizer.update_codebooks(out.quantized, step)
-    log |= terms | {"loss_g": loss_g, "vq": out.quantized.commit + out.quantized.codebook}
+    quantized = out.quantized
+    log |= terms | {"loss_g": loss_g, "commit": quantized.commit, "codebook": quantized.codebook,
+                    "vq": quantized.commit + quantized.codebook}  # fmt: skip
+    if adversarial:
+        log["adv_g"] = log.pop("adv")
     log["snr_db"] = metrics.snr_db(wav, out.wav_hat).nanmean()
     log["amplitude_ratio"] = metrics.amplitude_ratio(wav, out.wav_hat).nanmean()
     return {name: value.detach() for name, value in log.items()}
@@ -159,9 +163,10 @@ def learning_rate(peak: float, optim: OptimConfig, step: int, total_steps: int) 
     return peak
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, peak: float, optim: OptimConfig, step: int, total: int) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(peak, optim, step, total)
+def set_learning_rates(t: Training, optim: OptimConfig, step: int, total_steps: int) -> None:
+    for optimizer, peak in ((t.optimizer_g, optim.lr_g), (t.optimizer_d, optim.lr_d)):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(peak, optim, step, total_steps)
 
 
 def non_finite_anywhere(*values: Tensor) -> Tensor:
@@ -180,7 +185,7 @@ def unwrap(module: nn.Module) -> nn.Module:
 @torch.no_grad()
 def validate(codec: Codec, val: SegmentDataset, config: Config, device: torch.device, log: RunLog | None, step: int) -> dict:
     """Metrics over fixed segments of the validation split, shared out over the ranks; logs sound and pictures."""
-    share = max(config.data.val_segments // distributed.world_size(), 1)
+    share = -(-config.data.val_segments // distributed.world_size())
     first = distributed.rank() * share
     codec.eval()
     per_item, codes = [], []
@@ -227,9 +232,9 @@ def build(config: Config, device: torch.device) -> Training:
     losses = config.losses
     return Training(
         codec, discriminators, optimizer_g, optimizer_d,
-        MelLoss(config.model.sample_rate, losses.mel_windows, losses.mel_bins).to(device),
+        MelLoss(config.model.sample_rate, losses.mel_windows, losses.mel_bins, losses.mel_floor).to(device),
         MultiScaleSpectralLoss(losses.msspec_windows).to(device),
-        None,
+        Balancer(mean_over_ranks=distributed.mean_over_ranks) if losses.balancer else None,
     )  # fmt: skip
 
 
@@ -276,6 +281,11 @@ def restore(folder: Path, t: Training, config: Config) -> dict:
         if getattr(saved, section) != getattr(config, section):
             raise ValueError(f"{folder}: its {section} section differs from the config's; resume with "
                              f"{folder / 'config.yaml'}, or start a new run with another --run_dir")  # fmt: skip
+    before, now = to_dict(saved), to_dict(config)
+    changed = [f"{section}.{key}" for section in ("losses", "loss_weights", "optim", "data", "train")
+               for key in now[section] if now[section][key] != before[section][key]]  # fmt: skip
+    if changed:
+        tell(f"note: resumed with other values than before: {', '.join(changed)}")
     state = load_state(folder)
     load_into(unwrap(t.codec), load_tensors(folder / "model.safetensors"), str(folder / "model.safetensors"))
     load_into(unwrap(t.discriminators), load_tensors(folder / "discriminators.safetensors"),
@@ -294,8 +304,16 @@ def restore(folder: Path, t: Training, config: Config) -> dict:
 def train(config: Config, run_dir: Path, resume: bool, device: torch.device) -> None:
     started, main = time.monotonic(), distributed.is_main()
     stop_requested = []
+
+    def request_stop(*_) -> None:  # the first signal ends after the update under way, the second one at once
+        if stop_requested:
+            raise KeyboardInterrupt
+        stop_requested.append(True)
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop_requested.append(True))
+        signal.signal(number, request_stop)
+    if not resume and (run_dir / "metrics.jsonl").exists():
+        raise ValueError(f"{run_dir}: holds a run already; go on with it by --resume, or name another --run_dir")
 
     # Data
     data = config.data
@@ -314,7 +332,10 @@ def train(config: Config, run_dir: Path, resume: bool, device: torch.device) -> 
         folder = find_checkpoint(run_dir)
         state = restore(folder, t, config)
         tell(f"resumed from {folder}")
-    elif config.model.quantizer.type == "ema":
+    first = torch.tensor([float(state["step"]), -float(state["step"])], device=device)
+    if distributed.all_reduce_max(first).sum() != 0:
+        raise ValueError(f"{run_dir}: processes found checkpoints of different steps; put the run on a shared disk")
+    if state["step"] == 0 and config.model.quantizer.type == "ema":
         start_codebooks(unwrap(t.codec), train_set, config, device)
     log = None
     if main:
@@ -330,14 +351,15 @@ def train(config: Config, run_dir: Path, resume: bool, device: torch.device) -> 
          f"{count_parameters(unwrap(t.discriminators)):.2f}M; {unwrap(t.codec).bitrate_kbps:.2f} kbps; "
          f"{config.total_steps} steps of {audio_s_per_step:.1f} s of audio, {steps_per_epoch} an epoch; log in {run_dir}")
 
+    phases = [phase_config(config, index) for index in range(len(config.phases))]
     bar = tqdm(total=config.total_steps, initial=state["step"], disable=not main, unit="step", dynamic_ncols=True,
                mininterval=0.5 if sys.stderr.isatty() else 30)  # fmt: skip
     shown, clock, clock_step = {}, time.monotonic(), state["step"]
     for wav in loader:
         step = state["step"]
-        phase = phase_config(config, phase_at(config, step))
+        phase = phase_at(config, step)
         wav = wav.to(device, non_blocking=True)
-        values = train_step(wav, t, phase, step)
+        values = train_step(wav, t, phases[phase], step)
         names = list(values)
         over_time = config.train.max_minutes and time.monotonic() - started > 60 * config.train.max_minutes
         packed = torch.stack([values[name].float() for name in names]
@@ -352,7 +374,7 @@ def train(config: Config, run_dir: Path, resume: bool, device: torch.device) -> 
         if values["skipped_g"] or values.get("skipped_d"):
             state["skipped_in_row"] += 1
             bad = [name for name, value in values.items() if not math.isfinite(value)] or ["a gradient"]
-            bar.write(f"step {step}: update skipped, not finite: {', '.join(bad)}", file=sys.stderr)
+            tell(f"step {step}: update skipped, not finite: {', '.join(bad)}", bar)
             if state["skipped_in_row"] >= config.train.max_skipped_in_row:
                 bar.close()
                 raise ValueError(f"step {step}: {state['skipped_in_row']} updates in a row were not finite "
@@ -361,7 +383,7 @@ def train(config: Config, run_dir: Path, resume: bool, device: torch.device) -> 
             state["skipped_in_row"] = 0
 
         if main and step % config.train.log_every == 0:
-            rate = (step - clock_step) * audio_s_per_step / (time.monotonic() - clock)
+            rate = (step - clock_step) * audio_s_per_step / max(time.monotonic() - clock, 1e-9)
             clock, clock_step = time.monotonic(), step
             rates = {"lr_g": t.optimizer_g.param_groups[0]["lr"], "lr_d": t.optimizer_d.param_groups[0]["lr"],
                      "audio_s_per_s": rate, "audio_hours": step * audio_s_per_step / 3600}  # fmt: skip
@@ -373,14 +395,16 @@ def train(config: Config, run_dir: Path, resume: bool, device: torch.device) -> 
 
         last = step == config.total_steps
         best = False
-        if step % config.train.val_every == 0 or last:
+        if (step % config.train.val_every == 0 and not stop) or last:
             scores = validate(unwrap(t.codec), val_set, config, device, log, step)
             means.add(scores)
             best = scores["val/mel"] < state["best_mel"]
-            state["best_mel"] = min(scores["val/mel"], state["best_mel"])
+            if best:
+                state["best_mel"] = scores["val/mel"]
             if main:
                 log.scalars(step, {f"{name}_step": value for name, value in scores.items()})
-                bar.write(validation_line(step, phase.name, scores, values), file=sys.stderr)
+            tell(validation_line(step, config.phases[phase].name, scores, values), bar)
+            clock, clock_step = time.monotonic(), step
         if main and (step % steps_per_epoch == 0 or last):
             log.scalars(step, {"epoch": step / steps_per_epoch}
                         | {f"{name}_epoch": value for name, value in means.pop().items()})  # fmt: skip
@@ -389,7 +413,7 @@ def train(config: Config, run_dir: Path, resume: bool, device: torch.device) -> 
         if step % config.train.checkpoint_every == 0 or last or stop or best:
             save(run_dir, t, config, state | {"sums": means.sums, "counts": means.counts}, best)
         if stop:
-            bar.write(f"stopped at step {step}, saved; go on with --resume", file=sys.stderr)
+            tell(f"stopped at step {step}, saved; go on with --resume", bar)
             break
     bar.close()
     if log:
@@ -409,9 +433,10 @@ def count_parameters(module: nn.Module) -> float:
     return sum(p.numel() for p in module.parameters()) / 1e6
 
 
-def tell(message: str) -> None:
+def tell(message: str, bar: tqdm | None = None) -> None:
+    """One line on stderr, from the main process, without tearing the progress bar."""
     if distributed.is_main():
-        print(message, file=sys.stderr)
+        (bar or tqdm).write(message, file=sys.stderr)
 
 
 def main() -> int:
@@ -421,12 +446,12 @@ def main() -> int:
     parser.add_argument("--resume", action="store_true", help="go on from the run's latest checkpoint, if it has one")
     parser.add_argument("--set", nargs="+", default=[], action="extend", metavar="KEY=VALUE", help="override a config value")
     args = parser.parse_args()
-    device = distributed.setup()
     try:
+        device = distributed.setup()
         config = load_config(args.config, args.set)
         train(config, Path(args.run_dir or Path("runs") / config.name), args.resume, device)
-    except ValueError as error:
-        print(f"train_codec_gan: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        tell(f"train_codec_gan: {error}")
         return 2
     finally:
         distributed.shutdown()

@@ -6,7 +6,6 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from codec.audio import load_audio, save_audio
@@ -137,7 +136,11 @@ def _rate_line(path: Path, header: CodecFileHeader) -> str:
 
 def _load(options: argparse.Namespace) -> Codec:
     """The codec that the options name."""
-    return Codec.from_pretrained(options.checkpoint, options.which).to(options.device)
+    codec = Codec.from_pretrained(options.checkpoint, options.which)
+    try:
+        return codec.to(options.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {options.device}: {str(error).splitlines()[0]}; try cpu") from None
 
 
 def _n_codebooks(options: argparse.Namespace, codec: Codec) -> int:
@@ -163,7 +166,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("input", type=Path, help=help_in)
         command.add_argument("output", type=Path, help=help_out)
         command.add_argument("--checkpoint", type=Path, required=True, help="folder of a run or checkpoint")
-        command.add_argument("--device", type=torch.device, default="cpu", help="cpu (default), cuda, ...")
+        command.add_argument("--device", default="cpu", help="cpu (default), cuda, ...")
         if run is not decode:
             command.add_argument("--n_codebooks", type=int, help="use only the first so many (default all)")
         _add_which(command)

@@ -6,6 +6,7 @@ A section of the file is a dataclass here. An unknown key fails and names the ne
 
 import dataclasses
 import difflib
+import functools
 import math
 import types
 import typing
@@ -98,6 +99,7 @@ class ModelConfig:
 class MSDConfig:
     type: Literal["msd"]
     n_scales: int = 3
+    channels: tuple[int, ...] = (16, 64, 256, 1024, 1024, 1024)
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,7 @@ class LossesConfig:
     feat_relative: bool = False
     mel_windows: tuple[int, ...] = (32, 64, 128, 256, 512, 1024, 2048)
     mel_bins: tuple[int, ...] = (5, 10, 20, 40, 80, 160, 320)
+    mel_floor: float = 1e-5  # smallest magnitude told apart; a low one spends the gradient on silence
     msspec_windows: tuple[int, ...] = (64, 128, 256, 512, 1024)
     balancer: bool = False  # weights become shares of the gradient at the output; vq stays outside
 
@@ -246,7 +249,11 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such config file; see configs/ for examples")
-    return parse_config(path.read_text(), str(path), overrides)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: is not UTF-8 text; expected a YAML config") from None
+    return parse_config(text, str(path), overrides)
 
 
 def parse_config(text: str, where: str, overrides: list[str] | None = None) -> Config:
@@ -371,7 +378,7 @@ def _variant(kinds: tuple[type, ...], value: Any, where: str, key: str) -> type:
     """The dataclass of a union whose `type:` is the given one."""
     by_type = {typing.get_args(typing.get_type_hints(kind)["type"])[0]: kind for kind in kinds}
     chosen = value.get("type") if isinstance(value, dict) else None
-    if chosen not in by_type:
+    if not isinstance(chosen, str) or chosen not in by_type:
         raise ValueError(f"{where}: {key}.type={chosen!r}, expected {' | '.join(by_type)}")
     return by_type[chosen]
 
@@ -379,36 +386,76 @@ def _variant(kinds: tuple[type, ...], value: Any, where: str, key: str) -> type:
 # -------------------------------------------------------------------------- validation
 
 
+# Key, lowest and highest value allowed (None: no limit). Sections that a config does not have are passed over.
+LIMITS = [
+    ("model.sample_rate", 1, None), ("model.latent_dim", 1, None), ("model.encoder.encoder_dim", 1, None),
+    ("model.decoder.decoder_dim", 1, None), ("model.quantizer.n_codebooks", 1, None),
+    ("model.quantizer.codebook_size", 2, None), ("model.quantizer.codebook_dim", 1, None),
+    ("model.quantizer.decay", 0, 1), ("model.quantizer.dead_threshold", 0, 1), ("model.quantizer.dropout", 0, 1),
+    ("model.quantizer.kmeans_frames", 1, None), ("losses.mel_floor", 1e-12, None), ("optim.lr_g", 0, None),
+    ("optim.lr_d", 0, None), ("optim.weight_decay", 0, None), ("optim.gamma", 0, 1), ("optim.min_lr_ratio", 0, 1),
+    ("optim.warmup_steps", 0, None), ("optim.max_grad_norm_g", 0, None), ("optim.max_grad_norm_d", 0, None),
+    ("data.segment_samples", 1, None), ("data.batch_size", 1, None), ("data.segments_per_epoch", 1, None),
+    ("data.n_workers", 0, None), ("data.val_segments", 1, None), ("data.val_segment_samples", 0, None),
+    ("train.seed", 0, None), ("train.log_every", 1, None), ("train.val_every", 1, None),
+    ("train.checkpoint_every", 1, None), ("train.keep_last", 1, None), ("train.max_minutes", 0, None),
+    ("train.max_skipped_in_row", 1, None),
+]  # fmt: skip
+
+
 def _validate(config: Config, where: str) -> None:
-    """Rules that span keys."""
+    """Ranges, and rules that span keys."""
+    for key, low, high in LIMITS:
+        value = functools.reduce(lambda node, part: getattr(node, part, None), key.split("."), config)
+        if value is not None and not low <= value <= (math.inf if high is None else high):
+            raise ValueError(f"{where}: {key}={value}, expected {f'{low} to {high}' if high else f'at least {low}'}")
+    for f in dataclasses.fields(LossWeights):
+        if not 0 <= getattr(config.loss_weights, f.name) < math.inf:
+            raise ValueError(f"{where}: loss_weights.{f.name}={getattr(config.loss_weights, f.name)}, expected at least 0")
+    if not config.phases:
+        raise ValueError(f"{where}: phases is empty; name at least one with its steps")
+    _validate_shapes(config, where)
+    for index in range(len(config.phases)):
+        _validate_phase(config, index, where)
+
+
+def _validate_shapes(config: Config, where: str) -> None:
+    """Strides, hops, windows and segments that have to fit each other."""
     model, data = config.model, config.data
     hop = model.encoder.hop_length
+    for name, body in (("encoder", model.encoder), ("decoder", model.decoder)):
+        if body.type == "conv" and (not body.strides or min(body.strides) < 2):
+            raise ValueError(f"{where}: model.{name}.strides={list(body.strides)}, expected numbers of at least 2")
+        if body.type == "spectral" and not (0 < body.hop_length <= body.n_fft and body.kernel_size % 2):
+            raise ValueError(f"{where}: model.{name} has n_fft {body.n_fft}, hop_length {body.hop_length}, kernel_size "
+                             f"{body.kernel_size}; expected n_fft at least hop_length, and an odd kernel_size")  # fmt: skip
     if model.decoder.hop_length != hop:
         raise ValueError(f"{where}: model.decoder has hop_length {model.decoder.hop_length}, model.encoder {hop}; "
                          "make them equal")  # fmt: skip
+    if model.decoder.type == "conv" and model.decoder.decoder_dim % 2 ** len(model.decoder.strides):
+        raise ValueError(f"{where}: model.decoder.decoder_dim={model.decoder.decoder_dim} cannot be halved "
+                         f"{len(model.decoder.strides)} times; try a multiple of {2 ** len(model.decoder.strides)}")
     for key in ("segment_samples", "val_segment_samples"):
         samples = getattr(data, key)
-        if samples % hop or (samples <= 0 and key == "segment_samples"):
+        if samples % hop:
             low = max(samples // hop, 1) * hop
-            raise ValueError(f"{where}: data.{key}={samples} is not a multiple of hop_length={hop}; "
+            strides = f" (strides {list(model.encoder.strides)})" if model.encoder.type == "conv" else ""
+            raise ValueError(f"{where}: data.{key}={samples} is not a multiple of hop_length={hop}{strides}; "
                              f"try {low} or {low + hop}")  # fmt: skip
-    for key, value in [("data.batch_size", data.batch_size), ("data.segments_per_epoch", data.segments_per_epoch),
-                       ("model.quantizer.n_codebooks", model.quantizer.n_codebooks), ("phases", len(config.phases)),
-                       ("train.log_every", config.train.log_every), ("train.val_every", config.train.val_every),
-                       ("train.checkpoint_every", config.train.checkpoint_every),
-                       ("train.keep_last", config.train.keep_last)]:  # fmt: skip
-        if value < 1:
-            raise ValueError(f"{where}: {key}={value}, expected at least 1")
     if data.segments_per_epoch < data.batch_size:
         raise ValueError(f"{where}: data.segments_per_epoch={data.segments_per_epoch} is less than one batch of "
-                         f"{data.batch_size}; an epoch wants hundreds of updates: try {1000 * data.batch_size}")  # fmt: skip
-    if model.quantizer.codebook_size < 2:
-        raise ValueError(f"{where}: model.quantizer.codebook_size={model.quantizer.codebook_size}, expected at least 2")
-    if len(config.losses.mel_windows) != len(config.losses.mel_bins):
-        raise ValueError(f"{where}: losses.mel_windows has {len(config.losses.mel_windows)} items, losses.mel_bins "
-                         f"{len(config.losses.mel_bins)}; they go in pairs")  # fmt: skip
-    for index in range(len(config.phases)):
-        _validate_phase(config, index, where)
+                         f"{data.batch_size}; an epoch wants hundreds of updates: try {1000 * data.batch_size}")
+    losses = config.losses
+    if len(losses.mel_windows) != len(losses.mel_bins):
+        raise ValueError(f"{where}: losses.mel_windows has {len(losses.mel_windows)} items, losses.mel_bins "
+                         f"{len(losses.mel_bins)}; they go in pairs")  # fmt: skip
+    windows = [("losses.mel_windows", losses.mel_windows), ("losses.msspec_windows", losses.msspec_windows)]
+    windows += [(f"discriminators.sets.{i}.windows", getattr(member, "windows", ()))
+                for i, member in enumerate(config.discriminators.sets)]  # fmt: skip
+    for key, sizes in windows:
+        if any(not 0 < size <= data.segment_samples for size in sizes):
+            raise ValueError(f"{where}: {key}={list(sizes)}, but a segment has {data.segment_samples} samples; "
+                             "use shorter windows or longer segments")  # fmt: skip
 
 
 def _validate_phase(config: Config, index: int, where: str) -> None:

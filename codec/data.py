@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from codec.audio import read_segment
 
-REQUIRED_KEYS = ("path", "speaker", "split", "sample_rate", "n_samples")
+REQUIRED_KEYS = {"path": str, "speaker": str, "split": str, "sample_rate": int, "n_samples": int}
 
 
 class Utterance(NamedTuple):
@@ -50,7 +50,7 @@ def read_manifest(manifest: str | Path, split: str, sample_rate: int) -> list[Ut
                                  f"prepare the data with --sample_rate {sample_rate}")  # fmt: skip
             if entry["split"] == split and entry["n_samples"] > 0:
                 path = manifest.parent / entry["path"]
-                utterances.append(Utterance(path, str(entry["speaker"]), int(entry["n_samples"])))
+                utterances.append(Utterance(path, entry["speaker"], entry["n_samples"]))
     missing = [utterance.path for utterance in utterances if not utterance.path.is_file()]
     if missing:
         raise ValueError(f"{manifest}: {len(missing)} of {len(utterances)} audio files are missing, the first is "
@@ -66,6 +66,9 @@ def _parse_line(line: str, where: str) -> dict:
     absent = [key for key in REQUIRED_KEYS if not isinstance(entry, dict) or key not in entry]
     if absent:
         raise ValueError(f"{where}: lacks {', '.join(absent)}; prepare the data again")
+    for key, kind in REQUIRED_KEYS.items():
+        if not isinstance(entry[key], kind):
+            raise ValueError(f"{where}: {key}={entry[key]!r}, expected {kind.__name__}; prepare the data again")
     return entry
 
 
@@ -99,7 +102,11 @@ class SegmentDataset(Dataset):
     def __getitem__(self, index: int) -> Tensor:
         utterance, start = self.position(index)
         n_samples = min(self.segment_samples, utterance.n_samples)
-        wav = read_segment(utterance.path, start, n_samples)
+        try:
+            wav = read_segment(utterance.path, start, n_samples)
+        except ValueError as error:  # one bad file must not end a run of days; silence keeps the order of the data
+            warnings.warn(f"{error}; silence in its place", stacklevel=2)
+            return torch.zeros(1, self.segment_samples)
         if len(wav) < n_samples:
             warnings.warn(f"{utterance.path}: {start + len(wav)} samples, the manifest says {utterance.n_samples}; "
                           "padded with silence", stacklevel=2)  # fmt: skip

@@ -43,8 +43,8 @@ class ConvDecoder(nn.Module):
             layers += [Snake(dim), PaddedConvTranspose1d(dim, dim // 2, stride, causal)]
             dim //= 2
             layers += [ResidualUnit(dim, dilation, causal) for dilation in config.dilations]
-        layers += [Snake(dim), PaddedConv1d(dim, 1, 7, causal=causal), ScaledTanh()]
-        self.layers = nn.Sequential(*layers)
+        self.layers = nn.Sequential(*layers, Snake(dim))
+        self.to_wav = nn.Sequential(PaddedConv1d(dim, 1, 7, causal=causal), ScaledTanh())
 
     @property
     def reach_frames(self) -> float:
@@ -53,7 +53,10 @@ class ConvDecoder(nn.Module):
 
     def forward(self, z_q: Tensor) -> Tensor:
         """z_q [B, D, T'] to wav_hat [B, 1, T' x hop_length]."""
-        return self.layers(z_q)
+        x = self.layers(z_q)
+        # samples in bf16 carry rounding noise at -54 dB, which discriminators would learn to hear
+        with torch.autocast(x.device.type, enabled=False):
+            return self.to_wav(x.float())
 
 
 class SpectralDecoder(nn.Module):
@@ -85,8 +88,8 @@ class SpectralDecoder(nn.Module):
     def forward(self, z_q: Tensor) -> Tensor:
         """z_q [B, D, T'] to wav_hat [B, 1, T' x hop_length]."""
         x = self.blocks(self.norm_in(self.embed(z_q).transpose(1, 2)))
-        log_magnitude, phase = self.head(self.norm_out(x)).float().transpose(1, 2).chunk(2, dim=1)
-        with torch.autocast(z_q.device.type, enabled=False):
+        with torch.autocast(z_q.device.type, enabled=False):  # phases and samples need more than bf16
+            log_magnitude, phase = self.head(self.norm_out(x.float())).transpose(1, 2).chunk(2, dim=1)
             spectrum = torch.polar(log_magnitude.clamp(max=5.0).exp(), phase)
             wav_hat = istft_frames(spectrum, self.n_fft, self.hop_length, self.window)
             return self.output(wav_hat[:, None])

@@ -8,13 +8,24 @@ from torch import Tensor
 
 
 def setup() -> torch.device:
-    """Join the process group that `torchrun` describes, if any, and pick this rank's device."""
+    """Join the process group that `torchrun` describes, if any, and pick this rank's device.
+
+    Raises:
+        ValueError: more processes than GPUs.
+    """
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(f"torchrun: local rank {local_rank}, but there are {torch.cuda.device_count()} GPUs; "
+                             "lower --nproc_per_node")  # fmt: skip
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if device.type == "cuda":
+            dist.init_process_group("nccl", device_id=device)
+        else:
+            dist.init_process_group("gloo")
     return device
 
 
@@ -51,6 +62,13 @@ def all_reduce_max(tensor: Tensor) -> Tensor:
     """Maximum over ranks, in place."""
     if dist.is_initialized():
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor
+
+
+def broadcast(tensor: Tensor) -> Tensor:
+    """Rank 0's values on every rank, in place."""
+    if dist.is_initialized():
+        dist.broadcast(tensor, 0)
     return tensor
 
 

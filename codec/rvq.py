@@ -136,6 +136,8 @@ class EMAResidualVQ(nn.Module):
             # k-means yields means; EMA keeps sums, so scale by counts
             self.ema_sum[i] = means * self.ema_count[i, :, None]
             residual = residual - means[nearest(residual, means)]
+        for buffer in (self.codebooks, self.ema_count, self.ema_sum):
+            distributed.broadcast(buffer)  # sums on a GPU differ in the last bit from run to run
 
     @torch.no_grad()
     def update_codebooks(self, out: QuantizerOutput, step: int) -> None:

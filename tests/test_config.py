@@ -24,7 +24,7 @@ def test_every_shipped_config_is_valid_builds_and_survives_a_round_trip(path):
     "override, said",
     [
         ("data.sgement_samples=1", "data.sgement_samples is not a known key; did you mean data.segment_samples?"),
-        ("data.segment_samples=2001", "not a multiple of hop_length=20; try 2000 or 2020"),
+        ("data.segment_samples=2001", "not a multiple of hop_length=20 (strides [4, 5]); try 2000 or 2020"),
         ("data.batch_size=1.5", "data.batch_size=1.5, expected int"),
         ("train.compile=1", "train.compile=1, expected bool"),
         ("optim.lr_g=fast", "optim.lr_g='fast', expected float"),
@@ -39,6 +39,17 @@ def test_every_shipped_config_is_valid_builds_and_survives_a_round_trip(path):
         ("data.segments_per_epoch=2", "less than one batch"),
         ("losses.mel_bins=[10]", "they go in pairs"),
         ("nonsense", "expected key=value"),
+        ("model.encoder.type=[conv]", "expected conv | spectral"),
+        ("model.quantizer.dropout=1.5", "model.quantizer.dropout=1.5, expected 0 to 1"),
+        ("train.seed=-1", "train.seed=-1, expected at least 0"),
+        ("optim.lr_g=.nan", "optim.lr_g=nan, expected at least 0"),
+        ("loss_weights.mel=-1", "loss_weights.mel=-1.0, expected at least 0"),
+        ("model.decoder.decoder_dim=18", "cannot be halved 2 times; try a multiple of 4"),
+        ("model.encoder.strides=[20, 1]", "expected numbers of at least 2"),
+        ("discriminators.sets.0.windows=[4096]", "but a segment has 2000 samples"),
+        ("losses.mel_windows=[128, 4096]", "but a segment has 2000 samples"),
+        ("model.encoder={type: spectral, n_fft: 10, hop_length: 20, dim: 8, n_blocks: 1}", "n_fft at least hop_length"),
+        ("phases=[]", "phases is empty"),
     ],
 )
 def test_a_bad_value_is_one_line_that_names_the_key_and_the_mend(override, said):

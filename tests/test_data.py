@@ -80,6 +80,13 @@ def test_a_file_shorter_than_its_manifest_line_is_named_not_fatal(tmp_path):
         assert SegmentDataset([Utterance(tmp_path / "a.wav", "a", 2000)], 2000, 0)[0].shape == (1, 2000)
 
 
+def test_an_unreadable_file_is_named_and_does_not_end_the_run(tmp_path):
+    (tmp_path / "a.wav").write_bytes(b"not audio")
+    dataset = SegmentDataset([Utterance(tmp_path / "a.wav", "a", 2000)], 2000, 0)
+    with pytest.warns(UserWarning, match="a.wav.*silence in its place"):
+        assert not dataset[0].any()
+
+
 def line(**changes) -> str:
     return json.dumps({"path": "a.wav", "speaker": "a", "split": "train", "sample_rate": 8000, "n_samples": 9} | changes)
 
@@ -87,10 +94,12 @@ def line(**changes) -> str:
 @pytest.mark.parametrize(
     "text, said",
     [
-        (line(sample_rate=16000), "m.jsonl:1: sample_rate=16000, the model's is 8000; prepare the data with --sample_rate 8000"),
+        (line(sample_rate=16000), "m.jsonl:1: sample_rate=16000, the model's is 8000; prepare the data with"),
         ("{oops", "m.jsonl:1: not a JSON object"),
         ('{"path": "a.wav"}', "m.jsonl:1: lacks speaker, split, sample_rate, n_samples"),
         ("[1]", "m.jsonl:1: lacks"),
+        (line(n_samples="9"), "m.jsonl:1: n_samples='9', expected int"),
+        (line(path=None), "m.jsonl:1: path=None, expected str"),
         (line(), "1 of 1 audio files are missing, the first is"),
     ],
 )

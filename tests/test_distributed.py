@@ -6,10 +6,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from conftest import speech_like, tiny_config
 
 from codec import distributed
-from codec.config import EMAQuantizerConfig
+from codec.config import EMAQuantizerConfig, phase_config
 from codec.rvq import EMAResidualVQ
+from train_codec_gan import build, train_step, unwrap
 
 N_STEPS = 4
 
@@ -42,6 +44,22 @@ def unsynchronised(share: slice) -> dict[str, torch.Tensor]:
     return quantizer.state_dict()
 
 
+def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    return sum((a[name] - b[name]).square().sum().item() for name in a) ** 0.5
+
+
+def trained_networks(share: slice, n_steps: int = 3) -> dict[str, torch.Tensor]:
+    """Some whole updates, discriminator and all, on this rank's share of each batch."""
+    config = phase_config(tiny_config(), 1)
+    t = build(config, torch.device("cpu"))
+    log = {"skipped_g": 0, "skipped_d": 0}
+    for step in range(n_steps):
+        wav = torch.stack([torch.from_numpy(speech_like(2000, seed=10 * step + i))[None] for i in range(4)])
+        log = train_step(wav[share], t, config, step)
+    assert not log["skipped_g"] and not log["skipped_d"]
+    return unwrap(t.codec).state_dict() | {f"d.{k}": v for k, v in unwrap(t.discriminators).state_dict().items()}
+
+
 def work(rank: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     share = slice(2 * rank, 2 * rank + 2)
@@ -54,7 +72,9 @@ def work(rank: int, port: int, folder: str) -> None:
     torch.manual_seed(0)
     quantizer = EMAResidualVQ(EMAQuantizerConfig("ema", 3, 24, 6), 6)
     quantizer.update_codebooks(quantizer(torch.randn(2, 6, 30)), 0)
-    torch.save({"together": together, "alone": alone, "reduced": counted}, f"{folder}/{rank}.pt")
+    dist.all_reduce = dist_all_reduce
+    results = {"together": together, "alone": alone, "reduced": counted, "networks": trained_networks(share)}
+    torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -85,3 +105,13 @@ def test_codebooks_drift_apart_when_statistics_are_not_summed(ranks):
 def test_one_update_takes_one_all_reduce_for_all_codebooks(ranks):
     n, k, d, spare = 3, 24, 6, 120
     assert ranks[0]["reduced"] == [n * k + n * k * d + n * min(spare, 128) * d]
+
+
+def test_whole_updates_on_two_ranks_equal_each_other_and_one_process_fed_both_halves(ranks):
+    a, b = (rank["networks"] for rank in ranks)
+    assert len(a) > 100 and all(torch.equal(a[name], b[name]) for name in a)
+    single, half, start = trained_networks(slice(0, 4)), trained_networks(slice(0, 2)), trained_networks(slice(0, 4), 0)
+    moved = distance(single, start)
+    # AdamW turns a gradient of pure rounding into a full step, so the whole is compared, not each number
+    assert distance(a, single) < 0.02 * moved
+    assert distance(half, single) > 0.2 * moved  # known wrong: gradients of one rank alone
