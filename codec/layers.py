@@ -10,26 +10,28 @@ from torch.nn.utils.parametrizations import weight_norm
 
 
 class _SnakeFunction(torch.autograd.Function):
-    """Snake that keeps only its input for backward; plain autograd keeps four tensors of that size."""
+    """Snake that keeps input and output for backward, and the next convolution keeps that output anyway.
+
+    Plain autograd keeps three more tensors of that size, and walks memory about twice as often.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, alpha: Tensor) -> Tensor:
-        ctx.save_for_backward(x, alpha)
         a = alpha.float() + 1e-9
-        sine = (x * a).sin_()
-        return torch.addcmul(x.float(), sine.square_(), 1 / a).to(x.dtype)
+        y = torch.addcmul(x.float(), (x * a).sin_().square_(), 1 / a).to(x.dtype)
+        ctx.save_for_backward(x, alpha, y)
+        return y
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
-        x, alpha = ctx.saved_tensors
+        x, alpha, y = ctx.saved_tensors
         a = alpha.float() + 1e-9
         grad, x32 = grad.float(), x.float()
-        half_angle = x32 * a
-        sin_2ax = (2 * half_angle).sin_()
+        sin_2ax = (x32 * (2 * a)).sin_()
         grad_x = torch.addcmul(grad, grad, sin_2ax)  # d/dx = 1 + sin(2ax)
-        # d/da = (x sin(2ax) - sin²(ax) / a) / a
-        slope = sin_2ax.mul_(x32).sub_(half_angle.sin_().square_() / a)
-        grad_alpha = torch.einsum("bct,bct->c", grad, slope)[None, :, None] / a
+        # d/da = (x sin(2ax) - sin²(ax) / a) / a, where sin²(ax) / a = y - x; in half precision that difference is too coarse
+        increment = y - x if x.dtype == torch.float32 else (x32 * a).sin_().square_() / a
+        grad_alpha = torch.einsum("bct,bct->c", grad, sin_2ax.mul_(x32).sub_(increment))[None, :, None] / a
         return grad_x.to(x.dtype), grad_alpha.to(alpha.dtype)
 
 
