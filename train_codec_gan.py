@@ -395,7 +395,7 @@ def train(config: Config, run_dir: Path, resume: bool, device: torch.device) -> 
 
         last = step == config.total_steps
         best = False
-        if (step % config.train.val_every == 0 and not stop) or last:
+        if step % config.train.val_every == 0 or last:
             scores = validate(unwrap(t.codec), val_set, config, device, log, step)
             means.add(scores)
             best = scores["val/mel"] < state["best_mel"]
@@ -453,6 +453,8 @@ def main() -> int:
     except (ValueError, OSError) as error:
         tell(f"train_codec_gan: {error}")
         return 2
+    except KeyboardInterrupt:
+        return 130
     finally:
         distributed.shutdown()
     return 0
