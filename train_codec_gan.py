@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import clip_grad_norm_, parametrize
 from tqdm import tqdm
 
 from codec import distributed, metrics
@@ -105,7 +105,7 @@ def train_step(wav: Tensor, t: Training, config: Config, step: int) -> dict[str,
     terms = reconstruction_terms(wav, out.wav_hat, t, config)
     if adversarial:
         t.discriminators.requires_grad_(False)
-        with precision:
+        with precision, parametrize.cached():  # frozen weights are normalised once for both passes
             with torch.no_grad():
                 _, features_real = unwrap(t.discriminators)(wav)
             logits_fake, features_fake = unwrap(t.discriminators)(out.wav_hat)

@@ -60,6 +60,44 @@ class Snake(nn.Module):
         return snake(x, self.alpha)
 
 
+WIDE = 2**19  # inputs x outputs from which a convolution counts as wide
+
+
+class WideConv1d(nn.Conv1d):
+    """Conv1d that is one matrix product in training on the CPU.
+
+    Deep layers have millions of weights and few frames. The CPU library lays the weights out anew at every call,
+    which costs more than the copies made here. At inference sequences are long and the plain convolution is as fast.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" or not self.training or self.groups > 1:
+            return super().forward(x)
+        padding, dilation = self.padding[0], self.dilation[0]
+        span = (self.kernel_size[0] - 1) * dilation + 1
+        frames = F.pad(x, (padding, padding)).unfold(-1, span, self.stride[0])[..., ::dilation]
+        columns = frames.transpose(1, 2).flatten(2)  # [B, T', C * k]
+        return F.linear(columns, self.weight.flatten(1), self.bias).transpose(1, 2)
+
+
+class WideConvTranspose1d(nn.ConvTranspose1d):
+    """The same for a transposed convolution: one matrix product, then overlap-add."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" or not self.training:
+            return super().forward(x)
+        kernel, stride, padding = self.kernel_size[0], self.stride[0], self.padding[0]
+        n_samples = (x.shape[-1] - 1) * stride + kernel - 2 * padding + self.output_padding[0]
+        columns = F.linear(x.transpose(1, 2), self.weight.flatten(1).t()).transpose(1, 2)  # [B, C * k, T']
+        y = F.fold(columns, (1, n_samples), (1, kernel), padding=(0, padding), stride=(1, stride))
+        return y.squeeze(2) + self.bias[:, None]
+
+
+def conv1d_kind(inputs_times_outputs: int) -> type[nn.Conv1d]:
+    """The faster class for a convolution of that many channel pairs; both compute the same."""
+    return WideConv1d if inputs_times_outputs >= WIDE else nn.Conv1d
+
+
 class PaddedConv1d(nn.Module):
     """Weight-normalised convolution that gives exactly T / stride frames for T a multiple of stride.
 
@@ -72,7 +110,7 @@ class PaddedConv1d(nn.Module):
         span = (kernel_size - 1) * dilation + 1 - stride
         self.left = span if causal else 0
         padding = 0 if causal else math.ceil(span / 2)
-        self.conv = weight_norm(nn.Conv1d(c_in, c_out, kernel_size, stride, padding, dilation))
+        self.conv = weight_norm(conv1d_kind(c_in * c_out)(c_in, c_out, kernel_size, stride, padding, dilation))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.pad(x, (self.left, 0)) if self.left else x)
@@ -85,7 +123,8 @@ class PaddedConvTranspose1d(nn.Module):
         super().__init__()
         self.trim = stride if causal else 0  # samples that would need future frames
         padding, extra = (0, 0) if causal else (math.ceil(stride / 2), stride % 2)
-        self.conv = weight_norm(nn.ConvTranspose1d(c_in, c_out, 2 * stride, stride, padding, extra))
+        kind = WideConvTranspose1d if c_in * c_out >= WIDE else nn.ConvTranspose1d
+        self.conv = weight_norm(kind(c_in, c_out, 2 * stride, stride, padding, extra))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(x)

@@ -49,6 +49,11 @@ def speech_like(n_samples: int, sample_rate: int = 8000, seed: int = 0) -> np.nd
     return (0.15 * voice * envelope + 0.003 * rng.standard_normal(n_samples)).astype(np.float32)
 
 
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def manifest(tmp_path_factory) -> Path:
     """Twelve utterances of three speakers at 8 kHz, ten for training, two for validation."""

@@ -11,8 +11,8 @@ from codec.discriminator import (
     MultiResolutionDiscriminator,
     MultiScaleDiscriminator,
     MultiScaleSTFTDiscriminator,
-    _WideConv1d,
 )
+from codec.layers import WideConv1d
 from codec.spectral import stft
 
 LEAN = DiscriminatorsConfig(
@@ -81,7 +81,7 @@ def test_a_folded_period_discriminator_gives_the_numbers_of_the_two_dimensional_
 def test_wide_layers_give_the_numbers_and_gradients_of_a_plain_convolution():
     torch.manual_seed(0)
     layer = MultiPeriodDiscriminator((2,), (8, 512, 1024)).discriminators[0].convs[2]
-    assert isinstance(layer, _WideConv1d)
+    assert isinstance(layer, WideConv1d)
     x = torch.randn(3, 512, 17, requires_grad=True)
     g = torch.randn(3, 1024, 17)
     weight, bias = layer.weight.detach().requires_grad_(), layer.bias

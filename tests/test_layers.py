@@ -8,6 +8,8 @@ from codec.layers import (
     PaddedConv1d,
     PaddedConvTranspose1d,
     ResidualUnit,
+    WideConv1d,
+    WideConvTranspose1d,
     istft_frames,
     remove_weight_norm,
     snake,
@@ -142,3 +144,27 @@ def test_output_scale_starts_at_one_and_tanh_comes_after_it():
         return scale * torch.tanh(x)
 
     assert scale_after_tanh(x, 3.0).abs().max() > 2.9
+
+
+@pytest.mark.parametrize(
+    "wide, plain",
+    [
+        (WideConv1d(3, 4, 7, dilation=3, padding=9), nn.Conv1d(3, 4, 7, dilation=3, padding=9)),
+        (WideConv1d(3, 4, 6, stride=3, padding=2), nn.Conv1d(3, 4, 6, stride=3, padding=2)),
+        (WideConvTranspose1d(3, 4, 6, 3, 2, 1), nn.ConvTranspose1d(3, 4, 6, 3, 2, 1)),
+        (WideConvTranspose1d(3, 4, 8, 4), nn.ConvTranspose1d(3, 4, 8, 4)),
+    ],
+    ids=["dilated", "strided", "transposed, odd", "transposed"],
+)
+def test_wide_convolutions_equal_the_plain_ones_in_training_and_at_inference(wide, plain):
+    plain.load_state_dict(wide.state_dict())
+    x = torch.randn(2, 3, 40, requires_grad=True)
+    for mode in (True, False):
+        wide.train(mode)
+        ours, expected = wide(x), plain(x)
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+        g = torch.randn_like(expected)
+        torch.testing.assert_close(
+            torch.autograd.grad(ours, [x, *wide.parameters()], g),
+            torch.autograd.grad(expected, [x, *plain.parameters()], g), rtol=1e-4, atol=1e-4,
+        )  # fmt: skip
