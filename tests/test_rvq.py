@@ -133,7 +133,13 @@ def test_forward_changes_no_statistics_so_a_second_pass_is_not_seen_twice():
 
 
 def test_codebooks_are_no_parameters_so_no_optimizer_and_no_weight_decay_moves_them():
-    assert list(ema_quantizer().parameters()) == []
+    quantizer = ema_quantizer()
+    assert list(quantizer.parameters()) == []
+
+    wrong = torch.nn.Parameter(quantizer.codebooks.clone())  # known wrong: the optimizer has them too
+    wrong.grad = torch.zeros_like(wrong)
+    torch.optim.AdamW([wrong], lr=0.1, weight_decay=0.1).step()
+    assert wrong.norm() < 0.995 * quantizer.codebooks.norm()  # decayed with no gradient at all
 
 
 def test_codebooks_converge_to_the_data():
