@@ -51,7 +51,7 @@ def speech_like(n_samples: int, sample_rate: int = 8000, seed: int = 0) -> np.nd
 
 @pytest.fixture(autouse=True)
 def fixed_seed():
-    torch.manual_seed(0)
+    torch.manual_seed(20261121)  # no seed that a test uses itself: its noise would equal its signal
 
 
 @pytest.fixture(scope="session")
