@@ -115,3 +115,9 @@ def test_whole_updates_on_two_ranks_equal_each_other_and_one_process_fed_both_ha
     # AdamW turns a gradient of pure rounding into a full step, so the whole is compared, not each number
     assert distance(a, single) < 0.02 * moved
     assert distance(half, single) > 0.2 * moved  # known wrong: gradients of one rank alone
+
+
+def test_buffers_broadcast_from_rank_0_would_be_equal_too_but_blind_to_the_other_rank(ranks):
+    known_wrong, both = ranks[0]["alone"], unsynchronised(slice(0, 4))
+    assert not torch.allclose(known_wrong["ema_count"], both["ema_count"], atol=1e-3)
+    assert not torch.allclose(known_wrong["codebooks"], both["codebooks"], atol=1e-3)
