@@ -119,7 +119,7 @@ def _checkpoint_lines(folder: Path) -> dict[str, str]:
 
 def _n_weights(part: nn.Module) -> int:
     """Parameters, and codebooks where they are buffers because they are trained by moving averages."""
-    codebooks = [buffer for name, buffer in part.named_buffers() if name == "codebooks"]
+    codebooks = [buffer for name, buffer in part.named_buffers() if name.endswith("codebooks")]
     return sum(tensor.numel() for tensor in [*part.parameters(), *codebooks])
 
 

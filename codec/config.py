@@ -7,6 +7,7 @@ A section of the file is a dataclass here. An unknown key fails and names the ne
 import dataclasses
 import difflib
 import functools
+import json
 import math
 import types
 import typing
@@ -20,29 +21,52 @@ import yaml
 
 
 @dataclass(frozen=True)
-class ConvEncoderConfig:
+class TransformerConfig:
+    """Causal transformer over latent frames, each seeing the last `window` frames (Mimi)."""
+
+    n_layers: int
+    n_heads: int
+    ff_dim: int
+    window: int  # frames, itself included
+    layer_scale: float = 0.01  # where the gains of the residual branches start
+    rope_theta: float = 10000.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvBodyConfig:
+    """What convolutional encoders and decoders share. The defaults are DAC's; EnCodec and Mimi differ, see configs/."""
+
     type: Literal["conv"]
-    encoder_dim: int  # channels after the first convolution; doubles at every stride
     strides: tuple[int, ...]
     dilations: tuple[int, ...] = (1, 3, 9)  # one residual unit each
     causal: bool = False
+    pad_mode: Literal["zeros", "reflect", "replicate"] = "zeros"
+    activation: Literal["snake", "elu"] = "snake"
+    residual_kernel_size: int = 7
+    residual_compress: int = 1  # inner width of a residual unit is its width divided by this
+    residual_conv_shortcut: bool = False  # a pointwise convolution beside the unit instead of its input
+    weight_norm: bool = True
+    lstm_layers: int = 0  # over latent frames
+    transformer: TransformerConfig | None = None  # over frames of prod(strides) samples
+    latent_stride: int = 1  # one more learnt stride between transformer and quantizer
 
     @property
     def hop_length(self) -> int:
-        return math.prod(self.strides)
+        return math.prod(self.strides) * self.latent_stride
 
 
-@dataclass(frozen=True)
-class ConvDecoderConfig:
-    type: Literal["conv"]
+@dataclass(frozen=True, kw_only=True)
+class ConvEncoderConfig(ConvBodyConfig):
+    encoder_dim: int  # channels after the first convolution; doubles at every stride
+    last_kernel_size: int = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvDecoderConfig(ConvBodyConfig):
     decoder_dim: int  # channels after the first convolution; halves at every stride
-    strides: tuple[int, ...]
-    dilations: tuple[int, ...] = (1, 3, 9)
-    causal: bool = False
-
-    @property
-    def hop_length(self) -> int:
-        return math.prod(self.strides)
+    last_kernel_size: int = 7
+    output: Literal["scaled_tanh", "tanh", "linear"] = "scaled_tanh"
+    output_padding: bool = True  # False: an odd stride loses a sample at the end, as in released DAC weights
 
 
 @dataclass(frozen=True)
@@ -69,7 +93,10 @@ class EMAQuantizerConfig:
     decay: float = 0.99
     dead_threshold: float = 0.1  # a code is dead below this share of its uniform use
     kmeans_frames: int = 16384  # latent frames gathered for the k-means start
+    n_semantic: int = 0  # so many first codebooks code z beside the others, not before them (Mimi)
     dropout: float = 0.0  # share of items of a batch that use a random number of codebooks
+    dropout_counts: tuple[int, ...] = ()  # the numbers to draw from; empty: 1 to n_codebooks
+    bypass: float = 0.0  # share of items whose latents pass unquantized; the codebooks learn from them all the same
 
 
 @dataclass(frozen=True)
@@ -90,6 +117,7 @@ class ModelConfig:
     encoder: ConvEncoderConfig | SpectralConfig
     quantizer: EMAQuantizerConfig | FactorizedQuantizerConfig
     decoder: ConvDecoderConfig | SpectralConfig
+    pad_input: bool = True  # zeros to whole frames before the encoder; False: every strided layer pads what it gets
 
 
 # -------------------------------------------------------------------- discriminators
@@ -156,6 +184,10 @@ class LossWeights:
     commit: float = 0.0
     codebook: float = 0.0
 
+    @property
+    def adversarial(self) -> bool:
+        return self.adv > 0 or self.feat > 0
+
 
 @dataclass(frozen=True)
 class OptimConfig:
@@ -163,6 +195,8 @@ class OptimConfig:
     lr_d: float
     betas: tuple[float, float] = (0.8, 0.99)
     weight_decay: float = 0.01  # on matrices and kernels only, not on biases, gains and snake alphas
+    weight_decay_on: Literal["all", "transformer"] = "all"  # transformer: nowhere but in transformers (Mimi)
+    ema_decay: float = 0.0  # of averaged weights, which validation and inference then use; 0: none are kept
     schedule: Literal["constant", "exponential", "cosine"] = "constant"
     gamma: float = 0.999996  # per step, exponential only
     min_lr_ratio: float = 0.0  # where the cosine ends, as a share of lr
@@ -197,13 +231,17 @@ class TrainConfig:
     keep_last: int = 3
     max_minutes: float = 0.0  # 0: no limit; else save and leave after this long
     max_skipped_in_row: int = 10  # non-finite updates in a row that stop the run
+    init_from: str = ""  # folder of a run or checkpoint whose weights a new run starts from
+    # With init_from, and where that brings no discriminators like ours: so many updates at the start of the first
+    # adversarial phase train the discriminators alone. They count as steps of that phase.
+    disc_warmup_steps: int = 0
 
 
 @dataclass(frozen=True)
 class PhaseConfig:
     name: str
     steps: int
-    set: dict[str, Any] = field(default_factory=dict)  # dotted keys under loss_weights and optim
+    set: dict[str, Any] = field(default_factory=dict)  # dotted keys under loss_weights and most under optim
 
 
 @dataclass(frozen=True)
@@ -305,6 +343,36 @@ def phase_at(config: Config, step: int) -> int:
     return len(config.phases) - 1
 
 
+def disc_warmup(config: Config, n_steps: int) -> range:
+    """Updates that train discriminators alone: the first `n_steps` of the first phase with an adversarial loss."""
+    first = 0
+    for index, phase in enumerate(config.phases):
+        if phase.steps and phase_config(config, index).loss_weights.adversarial:
+            return range(first, first + min(n_steps, phase.steps))
+        first += phase.steps
+    return range(0)
+
+
+# How a quantizer is trained, not what it is: these may differ from those of the weights a run starts from.
+QUANTIZER_TRAINING = [f"model.quantizer.{key}" for key in
+                      ("decay", "dead_threshold", "kmeans_frames", "dropout", "dropout_counts", "bypass")]  # fmt: skip
+
+
+def model_differences(there: ModelConfig, here: ModelConfig) -> list[str]:
+    """What keeps the weights of one model from fitting the other: `model.encoder.causal: true there, false here`."""
+    a, b = _flat(to_dict(there), "model"), _flat(to_dict(here), "model")
+    keys = [key for key in a | b if key not in QUANTIZER_TRAINING and a.get(key) != b.get(key)]
+    return [f"{key}: {json.dumps(a.get(key))} there, {json.dumps(b.get(key))} here" for key in keys]
+
+
+def _flat(section: dict, prefix: str) -> dict[str, Any]:
+    """Values by dotted key; an absent section counts as null in each of its keys."""
+    values = {}
+    for key, value in section.items():
+        values |= _flat(value, f"{prefix}.{key}") if isinstance(value, dict) else {f"{prefix}.{key}": value}
+    return values
+
+
 def _plain(value):
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
@@ -352,7 +420,10 @@ def _convert(hint: Any, value: Any, where: str, key: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return _build(hint, value, where, key + ".")
     if origin in (types.UnionType, typing.Union):
-        return _build(_variant(args, value, where, key), value, where, key + ".")
+        kinds = tuple(kind for kind in args if kind is not type(None))
+        if value is None and len(kinds) < len(args):
+            return None
+        return _build(kinds[0] if len(kinds) == 1 else _variant(kinds, value, where, key), value, where, key + ".")
     if origin is Literal and value in args:
         return value
     if origin is tuple and isinstance(value, list):
@@ -390,17 +461,25 @@ def _variant(kinds: tuple[type, ...], value: Any, where: str, key: str) -> type:
 LIMITS = [
     ("model.sample_rate", 1, None), ("model.latent_dim", 1, None), ("model.encoder.encoder_dim", 1, None),
     ("model.decoder.decoder_dim", 1, None), ("model.quantizer.n_codebooks", 1, None),
+    *[(f"model.{body}.{key}", low, None) for body in ("encoder", "decoder")
+      for key, low in [("last_kernel_size", 1), ("residual_kernel_size", 1), ("residual_compress", 1), ("lstm_layers", 0),
+                       ("latent_stride", 1), ("transformer.n_layers", 1), ("transformer.n_heads", 1),
+                       ("transformer.ff_dim", 1), ("transformer.window", 1), ("transformer.rope_theta", 1)]],
+    ("model.quantizer.n_semantic", 0, None), ("model.quantizer.bypass", 0, 1),
     ("model.quantizer.codebook_size", 2, None), ("model.quantizer.codebook_dim", 1, None),
     ("model.quantizer.decay", 0, 1), ("model.quantizer.dead_threshold", 0, 1), ("model.quantizer.dropout", 0, 1),
     ("model.quantizer.kmeans_frames", 1, None), ("losses.mel_floor", 1e-12, None), ("optim.lr_g", 0, None),
     ("optim.lr_d", 0, None), ("optim.weight_decay", 0, None), ("optim.gamma", 0, 1), ("optim.min_lr_ratio", 0, 1),
-    ("optim.warmup_steps", 0, None), ("optim.max_grad_norm_g", 0, None), ("optim.max_grad_norm_d", 0, None),
+    ("optim.ema_decay", 0, 1), ("optim.warmup_steps", 0, None),
+    ("optim.max_grad_norm_g", 0, None), ("optim.max_grad_norm_d", 0, None),
     ("data.segment_samples", 1, None), ("data.batch_size", 1, None), ("data.segments_per_epoch", 1, None),
     ("data.n_workers", 0, None), ("data.val_segments", 1, None), ("data.val_segment_samples", 0, None),
     ("train.seed", 0, None), ("train.log_every", 1, None), ("train.val_every", 1, None),
     ("train.checkpoint_every", 1, None), ("train.keep_last", 1, None), ("train.max_minutes", 0, None),
-    ("train.max_skipped_in_row", 1, None),
+    ("train.max_skipped_in_row", 1, None), ("train.disc_warmup_steps", 0, None),
 ]  # fmt: skip
+
+WHOLE_RUN = ("betas", "weight_decay", "weight_decay_on", "ema_decay")  # keys of optim that no phase can change
 
 
 def _validate(config: Config, where: str) -> None:
@@ -414,6 +493,9 @@ def _validate(config: Config, where: str) -> None:
             raise ValueError(f"{where}: loss_weights.{f.name}={getattr(config.loss_weights, f.name)}, expected at least 0")
     if not config.phases:
         raise ValueError(f"{where}: phases is empty; name at least one with its steps")
+    if config.train.disc_warmup_steps and not config.train.init_from:
+        raise ValueError(f"{where}: train.disc_warmup_steps={config.train.disc_warmup_steps} without train.init_from; a "
+                         "codec that is new itself needs no warm-up: set it to 0")  # fmt: skip
     _validate_shapes(config, where)
     for index in range(len(config.phases)):
         _validate_phase(config, index, where)
@@ -429,6 +511,8 @@ def _validate_shapes(config: Config, where: str) -> None:
         if body.type == "spectral" and not (0 < body.hop_length <= body.n_fft and body.kernel_size % 2):
             raise ValueError(f"{where}: model.{name} has n_fft {body.n_fft}, hop_length {body.hop_length}, kernel_size "
                              f"{body.kernel_size}; expected n_fft at least hop_length, and an odd kernel_size")  # fmt: skip
+        if body.type == "conv":
+            _validate_conv_body(model, name, where)
     if model.decoder.hop_length != hop:
         raise ValueError(f"{where}: model.decoder has hop_length {model.decoder.hop_length}, model.encoder {hop}; "
                          "make them equal")  # fmt: skip
@@ -442,6 +526,14 @@ def _validate_shapes(config: Config, where: str) -> None:
             strides = f" (strides {list(model.encoder.strides)})" if model.encoder.type == "conv" else ""
             raise ValueError(f"{where}: data.{key}={samples} is not a multiple of hop_length={hop}{strides}; "
                              f"try {low} or {low + hop}")  # fmt: skip
+    quantizer = model.quantizer
+    if quantizer.type == "ema" and not 0 <= quantizer.n_semantic < quantizer.n_codebooks:
+        raise ValueError(f"{where}: model.quantizer.n_semantic={quantizer.n_semantic}, expected less than "
+                         f"n_codebooks={quantizer.n_codebooks}")  # fmt: skip
+    counts = getattr(quantizer, "dropout_counts", ())
+    if any(not 1 <= count <= quantizer.n_codebooks for count in counts):
+        raise ValueError(f"{where}: model.quantizer.dropout_counts={list(counts)}, expected numbers from 1 to "
+                         f"n_codebooks={quantizer.n_codebooks}")  # fmt: skip
     if data.segments_per_epoch < data.batch_size:
         raise ValueError(f"{where}: data.segments_per_epoch={data.segments_per_epoch} is less than one batch of "
                          f"{data.batch_size}; an epoch wants hundreds of updates: try {1000 * data.batch_size}")
@@ -458,17 +550,34 @@ def _validate_shapes(config: Config, where: str) -> None:
                              "use shorter windows or longer segments")  # fmt: skip
 
 
+def _validate_conv_body(model: ModelConfig, name: str, where: str) -> None:
+    """Rules of one convolutional body that span keys."""
+    body, at = getattr(model, name), f"{where}: model.{name}"
+    if body.transformer and (model.latent_dim % body.transformer.n_heads or model.latent_dim // body.transformer.n_heads % 2):
+        raise ValueError(f"{at}.transformer.n_heads={body.transformer.n_heads}, but latent_dim {model.latent_dim} must split "
+                         "into heads of even width; choose another")  # fmt: skip
+    if body.lstm_layers and (body.transformer or body.latent_stride > 1):
+        raise ValueError(f"{at} has lstm_layers {body.lstm_layers} beside a transformer or latent_stride; keep one of them")
+    if body.pad_mode != "zeros" and not body.causal:
+        raise ValueError(f"{at}.pad_mode={body.pad_mode} without causal; set causal: true or pad_mode: zeros")
+    if (body.latent_stride > 1 or not model.pad_input) and not body.causal:
+        raise ValueError(f"{at}.causal=False, but latent_stride above 1 and pad_input: false want causal: true")
+    if (body.residual_kernel_size % 2 == 0 or body.last_kernel_size % 2 == 0) and not body.causal:
+        raise ValueError(f"{at} has residual_kernel_size {body.residual_kernel_size}, last_kernel_size "
+                         f"{body.last_kernel_size}; expected odd numbers where causal is false")  # fmt: skip
+
+
 def _validate_phase(config: Config, index: int, where: str) -> None:
     phase = config.phases[index]
     if phase.steps < 0:
         raise ValueError(f"{where}: phases.{index}.steps={phase.steps}, expected 0 or more")
     allowed = [f"{section}.{f.name}" for section, kind in [("loss_weights", LossWeights), ("optim", OptimConfig)]
-               for f in dataclasses.fields(kind)]  # fmt: skip
+               for f in dataclasses.fields(kind) if f.name not in WHOLE_RUN]  # fmt: skip
     for key in phase.set:
         if key not in allowed:
             near = difflib.get_close_matches(key, allowed, 1, 0.0)[0]
             raise ValueError(f"{where}: phases.{index}.set.{key} cannot change between phases; "
-                             f"loss_weights.* and optim.* can: did you mean {near}?")  # fmt: skip
+                             f"loss_weights.* and most of optim.* can: did you mean {near}?")  # fmt: skip
     resolved = phase_config(config, index)
     weights = resolved.loss_weights
     if not any(dataclasses.astuple(weights)):

@@ -4,34 +4,57 @@ import torch
 from torch import Tensor, nn
 
 from codec.config import ConvEncoderConfig, SpectralConfig
-from codec.layers import ConvNeXtBlock, PaddedConv1d, ResidualUnit, Snake, reach_in_samples, stft_frames
+from codec.layers import (
+    ConvNeXtBlock,
+    PaddedConv1d,
+    ResidualLSTM,
+    ResidualUnit,
+    Transformer,
+    activation,
+    reach_in_samples,
+    stft_frames,
+)
 
 
 class ConvEncoder(nn.Module):
-    """Strided convolutions with dilated residual units; the width doubles at every stride.
+    """Strided convolutions with residual units; the width doubles at every stride.
 
-    Source: Kumar et al. 2023 (DAC), whose layer order this follows.
+    `local` is what sees a bounded stretch of samples; `tail`, if any, sees the whole past: EnCodec's LSTM, or Mimi's
+    transformer with the last stride behind it.
+
+    Source: Kumar et al. 2023 (DAC), Défossez et al. 2022 (EnCodec) and 2024 (Mimi), whose layer orders these are.
     """
 
     def __init__(self, config: ConvEncoderConfig, latent_dim: int):
         super().__init__()
-        dim, causal = config.encoder_dim, config.causal
-        layers = [PaddedConv1d(1, dim, 7, causal=causal)]
+        dim = config.encoder_dim
+        same = {"causal": config.causal, "pad_mode": config.pad_mode, "normalize": config.weight_norm}
+        layers = [PaddedConv1d(1, dim, 7, **same)]
         for stride in config.strides:
-            layers += [ResidualUnit(dim, dilation, causal) for dilation in config.dilations]
-            layers += [Snake(dim), PaddedConv1d(dim, 2 * dim, 2 * stride, stride, causal=causal)]
+            layers += [ResidualUnit(dim, dilation, config) for dilation in config.dilations]
+            layers += [activation(config.activation, dim), PaddedConv1d(dim, 2 * dim, 2 * stride, stride, **same)]
             dim *= 2
-        layers += [Snake(dim), PaddedConv1d(dim, latent_dim, 3, causal=causal)]
-        self.layers = nn.Sequential(*layers)
+        last = [activation(config.activation, dim), PaddedConv1d(dim, latent_dim, config.last_kernel_size, **same)]
+        stride = config.latent_stride
+        resample = [PaddedConv1d(latent_dim, latent_dim, 2 * stride, stride, causal=True, pad_mode="replicate",
+                                 normalize=False, bias=False)] if stride > 1 else []  # fmt: skip
+        tail = []
+        if config.lstm_layers:
+            tail = [ResidualLSTM(dim, config.lstm_layers), *last]
+        elif config.transformer:
+            layers, tail = layers + last, [Transformer(latent_dim, config.transformer), *resample]
+        else:
+            layers += last + resample
+        self.local, self.tail = nn.Sequential(*layers), nn.Sequential(*tail)
 
     @property
     def reach_samples(self) -> float:
-        """Receptive field in samples, minus 1."""
-        return reach_in_samples(self)
+        """Receptive field of `local` in samples, minus 1."""
+        return reach_in_samples(self.local)
 
     def forward(self, wav: Tensor) -> Tensor:
-        """wav [B, 1, T], T a multiple of hop_length, to z [B, D, T / hop_length]."""
-        return self.layers(wav)
+        """wav [B, 1, T] to z [B, D, ceil(T / hop_length)]; T a multiple of hop_length unless causal."""
+        return self.tail(self.local(wav))
 
 
 class SpectralEncoder(nn.Module):
@@ -52,6 +75,7 @@ class SpectralEncoder(nn.Module):
         )  # fmt: skip
         self.norm_out = nn.LayerNorm(config.dim)
         self.to_latent = nn.Linear(config.dim, latent_dim)
+        self.tail = nn.Sequential()
 
     @property
     def reach_samples(self) -> float:

@@ -1,4 +1,4 @@
-"""Layers that more than one module needs: Snake, convolutions with weight norm, ConvNeXt, STFT framing."""
+"""Layers that more than one module needs: activations, padded convolutions, transformer, ConvNeXt, STFT framing."""
 
 import math
 
@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import weight_norm
+
+from codec.config import ConvBodyConfig, TransformerConfig
 
 
 class _SnakeFunction(torch.autograd.Function):
@@ -98,53 +100,166 @@ def conv1d_kind(inputs_times_outputs: int) -> type[nn.Conv1d]:
     return WideConv1d if inputs_times_outputs >= WIDE else nn.Conv1d
 
 
-class PaddedConv1d(nn.Module):
-    """Weight-normalised convolution that gives exactly T / stride frames for T a multiple of stride.
+def _pad(x: Tensor, left: int, right: int, mode: str) -> Tensor:
+    """Zeros, reflection or replication; what is too short to reflect is first made longer by zeros, as in EnCodec."""
+    if left == right == 0:
+        return x
+    if mode == "zeros":
+        return F.pad(x, (left, right))
+    if mode == "replicate":
+        return F.pad(x, (left, right), "replicate")
+    missing = max(left + 1 - x.shape[-1], right + 1 - x.shape[-1], 0)
+    padded = F.pad(F.pad(x, (0, missing)), (left, right), "reflect")
+    return padded[..., : padded.shape[-1] - missing]
 
-    Padding is zeros: symmetric, or all on the left when causal.
+
+class PaddedConv1d(nn.Module):
+    """Convolution from T to exactly ceil(T / stride) frames, weight-normalised unless told otherwise.
+
+    Not causal: symmetric zeros, and T must be a multiple of stride. Causal: everything on the left, and on the right
+    only what completes the last frame.
     """
 
-    def __init__(self, c_in: int, c_out: int, kernel_size: int, stride: int = 1, dilation: int = 1,
-                 causal: bool = False):  # fmt: skip
+    def __init__(self, c_in: int, c_out: int, kernel_size: int, stride: int = 1, dilation: int = 1, causal: bool = False,
+                 pad_mode: str = "zeros", normalize: bool = True, bias: bool = True):  # fmt: skip
         super().__init__()
         span = (kernel_size - 1) * dilation + 1 - stride
-        self.left = span if causal else 0
+        self.causal, self.left, self.stride, self.pad_mode = causal, span, stride, pad_mode
         padding = 0 if causal else math.ceil(span / 2)
-        self.conv = weight_norm(conv1d_kind(c_in * c_out)(c_in, c_out, kernel_size, stride, padding, dilation))
+        conv = conv1d_kind(c_in * c_out)(c_in, c_out, kernel_size, stride, padding, dilation, bias=bias)
+        self.conv = weight_norm(conv) if normalize else conv
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (self.left, 0)) if self.left else x)
+        return self.conv(_pad(x, self.left, -x.shape[-1] % self.stride, self.pad_mode) if self.causal else x)
 
 
 class PaddedConvTranspose1d(nn.Module):
-    """Weight-normalised transposed convolution, kernel 2 x stride: T frames to exactly T x stride, odd strides too."""
+    """Transposed convolution, kernel 2 x stride: T frames to exactly T x stride.
 
-    def __init__(self, c_in: int, c_out: int, stride: int, causal: bool = False):
+    Without `output_padding` an odd stride that is not causal gives one sample less, as released DAC decoders do.
+    """
+
+    def __init__(self, c_in: int, c_out: int, stride: int, causal: bool = False, normalize: bool = True,
+                 output_padding: bool = True, groups: int = 1, bias: bool = True):  # fmt: skip
         super().__init__()
         self.trim = stride if causal else 0  # samples that would need future frames
-        padding, extra = (0, 0) if causal else (math.ceil(stride / 2), stride % 2)
-        kind = WideConvTranspose1d if c_in * c_out >= WIDE else nn.ConvTranspose1d
-        self.conv = weight_norm(kind(c_in, c_out, 2 * stride, stride, padding, extra))
+        padding, extra = (0, 0) if causal else (math.ceil(stride / 2), stride % 2 if output_padding else 0)
+        kind = WideConvTranspose1d if c_in * c_out // groups >= WIDE else nn.ConvTranspose1d
+        conv = kind(c_in, c_out, 2 * stride, stride, padding, extra, groups=groups, bias=bias)
+        self.conv = weight_norm(conv) if normalize else conv
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(x)
         return x[..., : -self.trim] if self.trim else x
 
 
-class ResidualUnit(nn.Module):
-    """Snake, dilated convolution of kernel 7, Snake, pointwise convolution, added to the input."""
+def activation(kind: str, channels: int, inplace: bool = True) -> nn.Module:
+    """The activation before a convolution; `inplace` (ELU only) where nobody else reads its input."""
+    return Snake(channels) if kind == "snake" else nn.ELU(inplace=inplace)
 
-    def __init__(self, channels: int, dilation: int, causal: bool = False):
+
+class ResidualUnit(nn.Module):
+    """Activation, dilated convolution, activation, pointwise convolution, added to the input or a projection of it."""
+
+    def __init__(self, channels: int, dilation: int, config: ConvBodyConfig):
         super().__init__()
+        inner = channels // config.residual_compress
+        same = {"causal": config.causal, "pad_mode": config.pad_mode, "normalize": config.weight_norm}
         self.block = nn.Sequential(
-            Snake(channels),
-            PaddedConv1d(channels, channels, 7, dilation=dilation, causal=causal),
-            Snake(channels),
-            PaddedConv1d(channels, channels, 1),
+            activation(config.activation, channels, inplace=False),
+            PaddedConv1d(channels, inner, config.residual_kernel_size, dilation=dilation, **same),
+            activation(config.activation, inner),
+            PaddedConv1d(inner, channels, 1, **same),
         )
+        self.shortcut = PaddedConv1d(channels, channels, 1, **same) if config.residual_conv_shortcut else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.block(x)
+        return self.shortcut(x) + self.block(x)
+
+
+class ResidualLSTM(nn.Module):
+    """LSTM over time, added to its input; [B, C, T'] in and out. Source: Défossez et al. 2022 (EnCodec)."""
+
+    def __init__(self, channels: int, n_layers: int):
+        super().__init__()
+        self.lstm = nn.LSTM(channels, channels, n_layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        frames = x.permute(2, 0, 1)
+        return (self.lstm(frames)[0] + frames).permute(1, 2, 0)
+
+
+def rotate(x: Tensor, theta: float) -> Tensor:
+    """Rotary position embedding: pairs (i, i + d / 2) of a head turn by position / theta^(2i / d).
+
+    Args:
+        x: [B, H, T', d], d even; position 0 is the first frame.
+    Source: Su et al. 2021 (RoFormer), with the pairing of GPT-NeoX and of Mimi's released weights.
+    """
+    half = x.shape[-1] // 2
+    frequency = theta ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
+    angle = torch.arange(x.shape[-2], device=x.device, dtype=torch.float32)[:, None] * frequency
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    first, second = x[..., :half], x[..., half:]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """Causal attention over the last `window` frames, in time and memory linear in T'.
+
+    Args:
+        q, k, v: [B, H, T', d]. Frame i sees frames i - window + 1 to i.
+    """
+    n_frames = q.shape[-2]
+    if n_frames <= window:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    # blocks of `window` queries; each sees its own block of keys and the one before
+    n_blocks = math.ceil(n_frames / window)
+    fill = n_blocks * window - n_frames
+    q = F.pad(q, (0, 0, 0, fill)).unflatten(2, (n_blocks, window))
+    k, v = (F.pad(x, (0, 0, window, fill)).unfold(2, 2 * window, window).transpose(-1, -2) for x in (k, v))
+    query, key = torch.arange(window, device=q.device)[:, None] + window, torch.arange(2 * window, device=q.device)
+    seen = ((key <= query) & (key > query - window)).repeat(n_blocks, 1, 1)
+    seen[0, :, :window] = False  # nothing lies before the first block
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+    return out.flatten(2, 3)[:, :, :n_frames]
+
+
+class TransformerLayer(nn.Module):
+    """Pre-norm attention and GELU layers, each behind a learnt gain per channel (LayerScale)."""
+
+    def __init__(self, dim: int, config: TransformerConfig):
+        super().__init__()
+        self.config = config
+        self.norm_attention, self.norm_mlp = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.to_qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.to_out = nn.Linear(dim, dim, bias=False)
+        self.expand = nn.Linear(dim, config.ff_dim, bias=False)
+        self.contract = nn.Linear(config.ff_dim, dim, bias=False)
+        self.scale_attention = nn.Parameter(torch.full((dim,), config.layer_scale))
+        self.scale_mlp = nn.Parameter(torch.full((dim,), config.layer_scale))
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.to_qkv(self.norm_attention(x)).unflatten(2, (3, self.config.n_heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, T', d]
+        q, k = rotate(q, self.config.rope_theta), rotate(k, self.config.rope_theta)
+        attended = windowed_attention(q, k, v, self.config.window)
+        x = x + self.scale_attention * self.to_out(attended.transpose(1, 2).flatten(2))
+        return x + self.scale_mlp * self.contract(F.gelu(self.expand(self.norm_mlp(x))))
+
+
+class Transformer(nn.Module):
+    """Causal transformer with rotary positions and a sliding window, [B, C, T'] in and out.
+
+    Source: Défossez et al. 2024 (Moshi), section 3.3: the bottleneck of Mimi.
+    """
+
+    def __init__(self, dim: int, config: TransformerConfig):
+        super().__init__()
+        self.layers = nn.Sequential(*[TransformerLayer(dim, config) for _ in range(config.n_layers)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x.transpose(1, 2)).transpose(1, 2)
 
 
 class ConvNeXtBlock(nn.Module):
@@ -210,14 +325,14 @@ def remove_weight_norm(module: nn.Module) -> None:
             parametrize.remove_parametrizations(child, "weight")
 
 
-def reach_in_samples(module: nn.Module) -> float:
+def reach_in_samples(*modules: nn.Module) -> float:
     """Samples between the first and the last input that one output can depend on: the receptive field minus 1.
 
-    Walks the convolutions below `module` in the order they run; for an encoder the unit is input samples,
+    Walks the convolutions below `modules` in the order they run; for an encoder the unit is input samples,
     for a decoder input frames (a transposed convolution makes each later step 1 / stride as long).
     """
     reach, step = 0.0, 1.0
-    for child in module.modules():
+    for child in (child for module in modules for child in module.modules()):
         if isinstance(child, nn.ConvTranspose1d):
             reach += (child.kernel_size[0] / child.stride[0] - 1) * step
             step /= child.stride[0]

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,7 +84,7 @@ class Codec(nn.Module):
         """Code and decode. The quantizer runs in fp32 under autocast too.
 
         Args:
-            wav: [B, 1, T], any T > 0; padded with zeros to whole frames, and the output trimmed to T.
+            wav: [B, 1, T], any T > 0; padded to whole frames, and the output trimmed to T.
             n_codebooks: use only the first so many; default all.
         """
         z = self.encoder(self._pad(wav))
@@ -101,28 +102,39 @@ class Codec(nn.Module):
         return self.decoder(self.quantizer.decode(codes))[..., :n_samples]
 
     def encode_long(self, wav: Tensor, n_codebooks: int | None = None, chunk_frames: int = 1000) -> Tensor:
-        """`encode` in bounded memory: chunks with as much context as the encoder can see, so the codes are the same."""
-        wav, hop = self._pad(wav), self.hop_length
-        context = math.ceil(self.encoder.reach_samples / hop) + 1
-        chunks, n_frames = [], wav.shape[-1] // hop
-        for start in range(0, n_frames, chunk_frames):
-            first, end = max(start - context, 0), min(start + chunk_frames, n_frames)
-            codes = self.encode(wav[..., first * hop : (end + context) * hop], n_codebooks)
-            chunks.append(codes[..., start - first : end - first])
-        return torch.cat(chunks, -1)
+        """`encode` in chunks with as much context as a frame can see, so the codes are the same.
+
+        Memory is bounded; where an LSTM or a transformer sees the whole past, only its frames are held whole.
+        """
+        wav, hop, reach = self._pad(wav), self.hop_length, self.encoder.reach_samples
+        if not len(self.encoder.tail):
+            return in_chunks(lambda x: self.encode(x, n_codebooks), wav, hop, 1, chunk_frames, math.ceil(reach / hop) + 1)
+        hop //= self.config.encoder.latent_stride
+        frames = in_chunks(self.encoder.local, wav, hop, 1, chunk_frames, math.ceil(reach / hop) + 1)
+        return self.quantizer(self.encoder.tail(frames).float(), n_codebooks).codes
 
     def decode_long(self, codes: Tensor, n_samples: int | None = None, chunk_frames: int = 1000) -> Tensor:
-        """`decode` in bounded memory, with the decoder's context around each chunk."""
-        hop, n_frames = self.hop_length, codes.shape[-1]
-        context = math.ceil(self.decoder.reach_frames) + 1
-        chunks = []
-        for start in range(0, n_frames, chunk_frames):
-            first, end = max(start - context, 0), min(start + chunk_frames, n_frames)
-            wav_hat = self.decode(codes[..., first : end + context])
-            chunks.append(wav_hat[..., (start - first) * hop : (end - first) * hop])
-        return torch.cat(chunks, -1)[..., :n_samples]
+        """`decode` in chunks, likewise."""
+        hop, context = self.hop_length, math.ceil(self.decoder.reach_frames) + 1
+        if not len(self.decoder.head):
+            return in_chunks(self.decode, codes, 1, hop, chunk_frames, context)[..., :n_samples]
+        hop //= self.config.decoder.latent_stride
+        frames = self.decoder.head(self.quantizer.decode(codes))
+        return in_chunks(self.decoder.local, frames, 1, hop, chunk_frames, context)[..., :n_samples]
 
     def _pad(self, wav: Tensor) -> Tensor:
         if wav.ndim != 3 or wav.shape[1] != 1 or wav.shape[2] == 0:
             raise ValueError(f"codec input has shape {list(wav.shape)}, expected [B, 1, T] with T > 0; mix to mono first")
-        return F.pad(wav, (0, -wav.shape[-1] % self.hop_length))
+        return F.pad(wav, (0, -wav.shape[-1] % self.hop_length)) if self.config.pad_input else wav
+
+
+def in_chunks(
+    function: Callable[[Tensor], Tensor], x: Tensor, size_in: int, size_out: int, chunk_frames: int, context: int
+) -> Tensor:
+    """`function(x)`, where a frame is `size_in` steps of x and `size_out` of the result and sees `context` frames aside."""
+    pieces, n_frames = [], math.ceil(x.shape[-1] / size_in)
+    for start in range(0, n_frames, chunk_frames):
+        first, end = max(start - context, 0), min(start + chunk_frames, n_frames)
+        y = function(x[..., first * size_in : (end + context) * size_in])
+        pieces.append(y[..., (start - first) * size_out : (end - first) * size_out])
+    return torch.cat(pieces, -1)

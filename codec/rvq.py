@@ -1,5 +1,6 @@
 """Residual vector quantizers: Euclidean with EMA codebooks, and DAC's factorised form with learnt codebooks."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -37,14 +38,18 @@ def nearest(x: Tensor, codebook: Tensor) -> Tensor:
     return distance.argmin(1).view(x.shape[:-1])
 
 
-def draw_active(batch_size: int, n_codebooks: int, dropout: float, device: torch.device) -> Tensor:
-    """Quantizer dropout: a share `dropout` of the items uses a random number of codebooks, 1 to N.
+def draw_active(
+    batch_size: int, n_codebooks: int, dropout: float, device: torch.device, counts: tuple[int, ...] = ()
+) -> Tensor:
+    """Quantizer dropout: a share `dropout` of the items uses a random number of codebooks, from `counts` or 1 to N.
 
     Returns:
         [B, N] of 0 and 1, a prefix of ones in every row.
     Source: Zeghidour et al. 2021 (SoundStream), section III-C; per item as in DAC.
     """
     count = torch.randint(1, n_codebooks + 1, (batch_size,))
+    if counts:
+        count = torch.tensor(counts)[torch.randint(len(counts), (batch_size,))]
     count[torch.rand(batch_size) >= dropout] = n_codebooks
     return (torch.arange(n_codebooks) < count[:, None]).float().to(device)
 
@@ -96,7 +101,8 @@ class EMAResidualVQ(nn.Module):
         """Quantize z [B, D, T'] with the first `n_codebooks` (default: all, or as dropout draws in training)."""
         x = self.project_in(z.transpose(1, 2))  # [B, T', d]
         n = n_codebooks or self.config.n_codebooks
-        active = draw_active(len(z), n, self.config.dropout if self.training else 0.0, z.device)
+        dropout, bypass = (self.config.dropout, self.config.bypass) if self.training else (0.0, 0.0)
+        active = draw_active(len(z), n, dropout, z.device, self.config.dropout_counts)
         live, residual, z_q, commit = x, x, torch.zeros_like(x), x.new_zeros(())
         codes, residuals = [], []
         for i in range(n):
@@ -109,6 +115,8 @@ class EMAResidualVQ(nn.Module):
             z_q = z_q + mask * ste
             live = live - ste  # builds the output: its gradient is spent by the first step
             residual = residual - q  # feeds lookup and commitment: its gradient stays 1
+        if bypass:
+            z_q = torch.where(torch.rand(len(z), 1, 1, device=z.device) < bypass, x, z_q)
         z_q = self.project_out(z_q).transpose(1, 2)
         return QuantizerOutput(z_q, torch.stack(codes, 1), commit, commit.detach(), torch.stack(residuals), active)
 
@@ -184,6 +192,60 @@ class EMAResidualVQ(nn.Module):
         self.ema_sum[level, code] = spare[level, slot[level, code]] * count[:, None]
 
 
+class SplitResidualVQ(nn.Module):
+    """Two residual VQs side by side: the semantic one and the acoustic one both read z, and their outputs are added.
+
+    A semantic codebook can then be trained toward meaning without what it drops being asked of it as a residual.
+
+    Source: Défossez et al. 2024 (Moshi), section 3.3.3. Dropout leaves the semantic codebooks in place; bypass is
+    drawn for each of the two by itself.
+    """
+
+    def __init__(self, config: EMAQuantizerConfig, latent_dim: int):
+        super().__init__()
+        self.config, n_semantic = config, config.n_semantic
+        counts = tuple(count - n_semantic for count in config.dropout_counts)
+        self.semantic = EMAResidualVQ(replace(config, n_codebooks=n_semantic, dropout=0.0), latent_dim)
+        self.acoustic = EMAResidualVQ(
+            replace(config, n_codebooks=config.n_codebooks - n_semantic, dropout_counts=counts), latent_dim
+        )
+
+    @property
+    def codebooks(self) -> Tensor:
+        """[N, K, codebook_dim]."""
+        return torch.cat([self.semantic.codebooks, self.acoustic.codebooks])
+
+    def forward(self, z: Tensor, n_codebooks: int | None = None) -> QuantizerOutput:
+        """Quantize z [B, D, T'] with the first `n_codebooks` (default: all, or as dropout draws in training)."""
+        n, n_semantic = n_codebooks or self.config.n_codebooks, self.config.n_semantic
+        semantic = self.semantic(z, min(n, n_semantic))
+        if n <= n_semantic:
+            return semantic
+        acoustic = self.acoustic(z, n - n_semantic)
+        commit = (n_semantic * semantic.commit + (n - n_semantic) * acoustic.commit) / n
+        codes, active = (torch.cat([getattr(part, name) for part in (semantic, acoustic)], 1) for name in ("codes", "active"))
+        residuals = torch.cat([semantic.residuals, acoustic.residuals])
+        return QuantizerOutput(semantic.z_q + acoustic.z_q, codes, commit, commit.detach(), residuals, active)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes [B, n, T'] of the first n codebooks to z_q [B, D, T']."""
+        semantic, acoustic = codes[:, : self.config.n_semantic], codes[:, self.config.n_semantic :]
+        z_q = self.semantic.decode(semantic)
+        return z_q + self.acoustic.decode(acoustic) if acoustic.shape[1] else z_q
+
+    def init_codebooks(self, z: Tensor, frames_per_update: int) -> None:
+        """As `EMAResidualVQ.init_codebooks`."""
+        for part in (self.semantic, self.acoustic):
+            part.init_codebooks(z, frames_per_update)
+
+    def update_codebooks(self, out: QuantizerOutput, step: int) -> None:
+        """As `EMAResidualVQ.update_codebooks`."""
+        n = self.config.n_semantic
+        for part, rows in ((self.semantic, slice(None, n)), (self.acoustic, slice(n, None))):
+            chosen = {"codes": out.codes[:, rows], "residuals": out.residuals[rows], "active": out.active[:, rows]}
+            part.update_codebooks(out._replace(**chosen), step)
+
+
 class FactorizedCodebook(nn.Module):
     """One quantizer of `FactorizedResidualVQ`: project down, look up on the unit sphere, project up."""
 
@@ -247,6 +309,8 @@ class FactorizedResidualVQ(nn.Module):
 
 def build_quantizer(
     config: EMAQuantizerConfig | FactorizedQuantizerConfig, latent_dim: int
-) -> EMAResidualVQ | FactorizedResidualVQ:
-    """The quantizer that `quantizer.type` names."""
-    return (EMAResidualVQ if config.type == "ema" else FactorizedResidualVQ)(config, latent_dim)
+) -> EMAResidualVQ | SplitResidualVQ | FactorizedResidualVQ:
+    """The quantizer that `quantizer.type` names, split where it has semantic codebooks."""
+    if config.type == "factorized":
+        return FactorizedResidualVQ(config, latent_dim)
+    return (SplitResidualVQ if config.n_semantic else EMAResidualVQ)(config, latent_dim)

@@ -2,19 +2,30 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import EncodecConfig, MimiConfig
+from transformers.models.encodec.modeling_encodec import EncodecConv1d
+from transformers.models.mimi.modeling_mimi import MimiTransformerModel, apply_rotary_pos_emb
 
+from codec.config import ConvBodyConfig, TransformerConfig
 from codec.decoder import ScaledTanh
 from codec.layers import (
     PaddedConv1d,
     PaddedConvTranspose1d,
     ResidualUnit,
+    Transformer,
     WideConv1d,
     WideConvTranspose1d,
     istft_frames,
     remove_weight_norm,
+    rotate,
     snake,
     stft_frames,
+    windowed_attention,
 )
+
+
+def body(**changes) -> ConvBodyConfig:
+    return ConvBodyConfig(type="conv", strides=(2,), **changes)
 
 
 def plain_snake(x, alpha):
@@ -78,7 +89,7 @@ def test_strided_and_transposed_convolutions_give_exact_lengths(stride, causal):
 @pytest.mark.parametrize(
     "module",
     [PaddedConv1d(2, 2, 7, dilation=3, causal=True), PaddedConv1d(2, 2, 6, 3, causal=True),
-     PaddedConvTranspose1d(2, 2, 3, causal=True), ResidualUnit(2, 3, causal=True)],
+     PaddedConvTranspose1d(2, 2, 3, causal=True), ResidualUnit(2, 3, body(causal=True))],
     ids=["dilated", "strided", "transposed", "unit"],
 )  # fmt: skip
 def test_causal_layers_do_not_look_ahead_and_symmetric_ones_do(module):
@@ -122,7 +133,7 @@ def test_stft_stays_in_float32_under_half_precision_autocast():
 
 def test_folding_weight_norm_changes_no_output():
     torch.manual_seed(0)
-    module = nn.Sequential(ResidualUnit(4, 3), PaddedConvTranspose1d(4, 2, 3))
+    module = nn.Sequential(ResidualUnit(4, 3, body()), PaddedConvTranspose1d(4, 2, 3))
     x = torch.randn(1, 4, 30)
     before = module(x)
     n_tensors = len(module.state_dict())
@@ -168,3 +179,61 @@ def test_wide_convolutions_equal_the_plain_ones_in_training_and_at_inference(wid
             torch.autograd.grad(ours, [x, *wide.parameters()], g),
             torch.autograd.grad(expected, [x, *plain.parameters()], g), rtol=1e-4, atol=1e-4,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("pad_mode, theirs", [("reflect", "reflect"), ("zeros", "constant"), ("replicate", "replicate")])
+@pytest.mark.parametrize("kernel_size, stride, dilation", [(7, 1, 1), (3, 1, 2), (4, 2, 1), (10, 5, 1)])
+@pytest.mark.parametrize("n_samples", [1, 3, 6, 20, 23])
+def test_causal_padding_is_encodecs_at_every_length(pad_mode, theirs, kernel_size, stride, dilation, n_samples):
+    reference = EncodecConv1d(EncodecConfig(pad_mode=theirs), 2, 3, kernel_size, stride, dilation)
+    conv = PaddedConv1d(2, 3, kernel_size, stride, dilation, causal=True, pad_mode=pad_mode)
+    conv.load_state_dict(reference.state_dict(), strict=False)
+    x = torch.randn(2, 2, n_samples)
+    torch.testing.assert_close(conv(x), reference(x))
+    assert conv(x).shape[-1] == -(-n_samples // stride)
+
+
+@pytest.mark.parametrize("n_frames", [1, 9, 10, 11, 20, 37])
+def test_windowed_attention_equals_softmax_under_a_band_mask(n_frames):
+    q, k, v = (torch.randn(2, 3, n_frames, 4) for _ in range(3))
+    i, j = torch.arange(n_frames)[:, None], torch.arange(n_frames)
+    scores = (q @ k.transpose(-1, -2) / 2).masked_fill((j > i) | (j <= i - 10), -torch.inf)
+    torch.testing.assert_close(windowed_attention(q, k, v, window=10), scores.softmax(-1) @ v)
+    if n_frames > 11:  # known wrong: the causal mask alone, or a window one frame too long
+        causal = (q @ k.transpose(-1, -2) / 2).masked_fill(j > i, -torch.inf).softmax(-1) @ v
+        assert (windowed_attention(q, k, v, window=10) - causal).abs().max() > 1e-3
+        assert (windowed_attention(q, k, v, window=10) - windowed_attention(q, k, v, window=11)).abs().max() > 1e-3
+
+
+def test_rotary_positions_are_those_of_mimi_and_interleaved_pairs_are_not():
+    q, k = torch.randn(1, 2, 9, 8), torch.randn(1, 2, 9, 8)
+    angle = torch.arange(9.0)[:, None] / 10000 ** (torch.arange(0, 8, 2) / 8)
+    angle = torch.cat([angle, angle], -1)[None]
+    expected = apply_rotary_pos_emb(q, k, angle.cos(), angle.sin())
+    torch.testing.assert_close(rotate(q, 10000.0), expected[0])
+    torch.testing.assert_close(rotate(k, 10000.0), expected[1])
+    swap = torch.arange(8).view(2, 4).T.flatten()  # (i, i + d/2) side by side
+    interleaved = rotate(q[..., swap.argsort()], 10000.0)[..., swap]
+    assert (interleaved - expected[0]).abs().max() > 1e-2
+    later_q, later_k = (rotate(torch.cat([x[:, :, :3], x], 2), 10000.0)[:, :, 3:] for x in (q, k))
+    torch.testing.assert_close(later_q @ later_k.mT, expected[0] @ expected[1].mT, rtol=1e-4, atol=1e-4)  # only distances count
+
+
+def test_transformer_equals_mimis_below_and_above_its_window():
+    config = MimiConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, head_dim=8,
+                        intermediate_size=24, sliding_window=10)  # fmt: skip
+    config._attn_implementation = "eager"
+    reference = MimiTransformerModel(config).eval()
+    ours = Transformer(16, TransformerConfig(n_layers=2, n_heads=2, ff_dim=24, window=10)).eval()
+    for layer, their in zip(ours.layers, reference.layers, strict=True):
+        attention = their.self_attn
+        qkv = [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]
+        layer.to_qkv.weight = nn.Parameter(torch.cat(qkv))
+        layer.to_out, layer.expand, layer.contract = attention.o_proj, their.mlp.fc1, their.mlp.fc2
+        for gain, their_gain in ((layer.scale_attention, their.self_attn_layer_scale.scale),
+                                 (layer.scale_mlp, their.mlp_layer_scale.scale)):  # fmt: skip
+            gain.data.uniform_(0.5, 1)
+            their_gain.data.copy_(gain.data)
+    for n_frames in (7, 10, 33):
+        x = torch.randn(2, 16, n_frames)
+        torch.testing.assert_close(ours(x), reference(x.mT).last_hidden_state.mT, rtol=1e-4, atol=1e-5)

@@ -1,4 +1,5 @@
-import dataclasses
+import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,22 +14,37 @@ from codec.config import (
     FactorizedQuantizerConfig,
     ModelConfig,
     SpectralConfig,
+    TransformerConfig,
     dump_config,
 )
 from codec.layers import remove_weight_norm
 from codec.model import Codec
 
 EMA = EMAQuantizerConfig("ema", 3, 16, 8)
+FACTORIZED = FactorizedQuantizerConfig("factorized", 3, 16, 4)
+TRANSFORMER = TransformerConfig(n_layers=2, n_heads=2, ff_dim=16, window=30, layer_scale=0.5)
+SEANET = {"causal": True, "activation": "elu", "dilations": (1,), "residual_kernel_size": 3, "residual_compress": 2}
+
+
+def conv_model(strides, quantizer=EMA, pad_input=True, decoder=None, **both) -> ModelConfig:
+    """A small convolutional model; `both` goes to encoder and decoder."""
+    return ModelConfig(8000, 12, ConvEncoderConfig(type="conv", encoder_dim=4, strides=strides, **both), quantizer,
+                       ConvDecoderConfig(type="conv", decoder_dim=16, strides=strides[::-1], **both | (decoder or {})),
+                       pad_input)  # fmt: skip
+
+
 MODELS = {
-    "conv": ModelConfig(8000, 12, ConvEncoderConfig("conv", 4, (2, 5)), EMA, ConvDecoderConfig("conv", 16, (5, 2))),
-    "conv, odd strides": ModelConfig(8000, 12, ConvEncoderConfig("conv", 4, (3, 5)), EMA,
-                                     ConvDecoderConfig("conv", 16, (5, 3))),
-    "conv, causal": ModelConfig(8000, 12, ConvEncoderConfig("conv", 4, (3, 4), (1, 3), True), EMA,
-                                ConvDecoderConfig("conv", 16, (4, 3), (1, 3), True)),
+    "conv": conv_model((2, 5)),
+    "conv, odd strides": conv_model((3, 5)),
+    "conv, odd strides as DAC": conv_model((3, 5), decoder={"output": "tanh", "output_padding": False}),
+    "conv, causal": conv_model((3, 4), causal=True, dilations=(1, 3)),
+    "EnCodec": conv_model((2, 5), pad_input=False, decoder={"output": "linear"}, pad_mode="reflect", lstm_layers=2,
+                          residual_conv_shortcut=True, **SEANET),
+    "Mimi": conv_model((2, 5), replace(EMA, n_semantic=1), False, {"output": "linear"}, transformer=TRANSFORMER,
+                       latent_stride=2, weight_norm=False, **SEANET),
     "spectral": ModelConfig(8000, 12, SpectralConfig("spectral", 80, 20, 16, 2), EMA,
                             SpectralConfig("spectral", 80, 20, 16, 2)),
-    "factorised": ModelConfig(8000, 12, ConvEncoderConfig("conv", 4, (2, 5)),
-                              FactorizedQuantizerConfig("factorized", 3, 16, 4), ConvDecoderConfig("conv", 16, (5, 2))),
+    "factorised": conv_model((2, 5), FACTORIZED),
 }  # fmt: skip
 all_models = pytest.mark.parametrize("config", MODELS.values(), ids=MODELS.keys())
 
@@ -61,7 +77,7 @@ def test_any_length_comes_back_at_its_length(config, n_samples):
     out = codec(wav)
     n_frames = -(-n_samples // codec.hop_length)
     assert out.wav_hat.shape == wav.shape and out.quantized.codes.shape == (1, 3, n_frames)
-    assert out.z.shape == (1, 12, n_frames) and out.wav_hat.abs().max() <= 1
+    assert out.z.shape == (1, 12, n_frames) and out.wav_hat.isfinite().all()
     codes = codec.encode(wav)
     assert torch.equal(codes, out.quantized.codes)
     torch.testing.assert_close(codec.decode(codes, n_samples), out.wav_hat)
@@ -76,6 +92,14 @@ def test_codes_and_sound_do_not_depend_on_the_chunk_size(config, chunk_frames):
     torch.testing.assert_close(
         codec.decode_long(codes, 4003, chunk_frames), codec.decode(codes, 4003), rtol=1e-4, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("name", ["EnCodec", "Mimi"])
+def test_chunks_that_start_the_lstm_or_transformer_anew_give_another_latent(name):
+    codec, wav = make(MODELS[name]), speech(4000)
+    context = 20 * codec.hop_length * math.ceil(codec.encoder.reach_samples / (20 * codec.hop_length))
+    part = codec.encoder(wav[..., 2000 - context :])[..., context // codec.hop_length :]
+    assert (codec.encoder(wav)[..., 2000 // codec.hop_length :] - part).abs().max() > 1e-6
 
 
 @all_models
@@ -100,25 +124,29 @@ def test_receptive_field_is_what_gradients_reach(config):
     codec = make(config)
     frames = 2 * int(codec.encoder.reach_samples / codec.hop_length + codec.decoder.reach_frames) + 21
     wav = torch.randn(1, 1, frames * codec.hop_length, dtype=torch.float64, requires_grad=True)
-    codec.encoder(wav)[0, :, frames // 2].sum().backward()
+    x = (codec.encoder.local if len(codec.encoder.tail) else codec.encoder)(wav)
+    x[0, :, x.shape[-1] // 2].sum().backward()
     reached = wav.grad[0, 0].nonzero().flatten()
     reach = int(reached[-1] - reached[0])
     assert reach <= codec.encoder.reach_samples < reach + 3 * codec.hop_length
-    z = torch.randn(1, 12, frames, requires_grad=True)
-    codec.decoder(z)[0, 0, frames * codec.hop_length // 2].backward()
+    z = codec.decoder.head(torch.randn(1, 12, frames)).detach().requires_grad_()
+    wav_hat = (codec.decoder.local if len(codec.decoder.head) else codec.decoder)(z)
+    wav_hat[0, 0, wav_hat.shape[-1] // 2].backward()
     reached = z.grad[0].abs().sum(0).nonzero().flatten()
     reach = int(reached[-1] - reached[0])
     assert reach - 1 <= codec.decoder.reach_frames < reach + 3
 
 
-def test_a_causal_codec_codes_the_past_without_the_future():
-    codec, wav = make(MODELS["conv, causal"]), speech(1200)
+@pytest.mark.parametrize("name", ["conv, causal", "EnCodec", "Mimi"])
+def test_a_causal_codec_codes_the_past_without_the_future(name):
+    codec, wav = make(MODELS[name]), speech(1200)
+    n_frames = 600 // codec.hop_length
     changed = wav.clone()
     changed[..., 600:] = 0.3
-    assert torch.equal(codec.encode(wav)[..., :50], codec.encode(changed)[..., :50])
+    assert torch.equal(codec.encode(wav)[..., :n_frames], codec.encode(changed)[..., :n_frames])
     codes = codec.encode(wav)
     other = codes.clone()
-    other[..., 50:] = 0
+    other[..., n_frames:] = 0
     torch.testing.assert_close(codec.decode(codes)[..., :600], codec.decode(other)[..., :600])
     assert not torch.equal(make(MODELS["conv"]).encode(wav)[..., :60], make(MODELS["conv"]).encode(changed)[..., :60])
 
@@ -143,7 +171,7 @@ def test_folding_weight_norm_changes_neither_codes_nor_sound(config):
 
 
 def test_bitrate_and_frame_rate_follow_from_the_config():
-    codec = make(dataclasses.replace(MODELS["conv"], sample_rate=24000))
+    codec = make(replace(MODELS["conv"], sample_rate=24000))
     assert codec.frame_rate_hz == 2400 and codec.bitrate_kbps == pytest.approx(2400 * 3 * 4 / 1000)
 
 

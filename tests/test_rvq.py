@@ -8,7 +8,7 @@ from transformers import DacConfig
 from transformers.models.dac.modeling_dac import DacResidualVectorQuantizer
 
 from codec.config import EMAQuantizerConfig, FactorizedQuantizerConfig
-from codec.rvq import EMAResidualVQ, FactorizedResidualVQ, draw_active, kmeans, nearest
+from codec.rvq import EMAResidualVQ, FactorizedResidualVQ, SplitResidualVQ, build_quantizer, draw_active, kmeans, nearest
 
 N, K, D = 5, 32, 8
 
@@ -224,6 +224,67 @@ def test_quantizer_dropout_uses_prefixes_for_the_given_share_of_items():
     assert abs((count == 8).float().mean().item() - 0.5625) < 0.03
     assert draw_active(50, 8, 0.0, torch.device("cpu")).min() == 1
     assert draw_active(4000, 8, 1.0, torch.device("cpu")).sum(1).mean().item() == pytest.approx(4.5, abs=0.15)
+
+
+def test_quantizer_dropout_draws_from_the_given_counts():
+    used = draw_active(500, 32, 1.0, torch.device("cpu"), (2, 4, 8, 16, 32)).sum(1).long()
+    counts = torch.bincount(used, minlength=33)
+    assert counts.nonzero().flatten().tolist() == [2, 4, 8, 16, 32] and counts[counts > 0].min() > 60
+
+
+def split_quantizer(**changes) -> SplitResidualVQ:
+    torch.manual_seed(0)
+    values = {"n_codebooks": N, "codebook_size": K, "codebook_dim": 4, "n_semantic": 2} | changes
+    return build_quantizer(EMAQuantizerConfig("ema", **values), latent_dim=D)
+
+
+def test_both_parts_of_a_split_quantizer_read_the_latent_itself():
+    quantizer, z = split_quantizer(), latents()
+    out = quantizer(z)
+    assert torch.equal(out.codes, torch.cat([quantizer.semantic(z).codes, quantizer.acoustic(z).codes], 1))
+    torch.testing.assert_close(out.z_q, quantizer.semantic(z).z_q + quantizer.acoustic(z).z_q)
+    torch.testing.assert_close(quantizer.decode(out.codes), out.z_q)
+    for n in range(1, N + 1):
+        assert torch.equal(quantizer(z, n).codes, out.codes[:, :n])
+        torch.testing.assert_close(quantizer.decode(out.codes[:, :n]), quantizer(z, n).z_q)
+    # known wrong: the acoustic part codes what the semantic part left over
+    assert not torch.equal(quantizer.acoustic(z - quantizer.semantic(z).z_q).codes, out.codes[:, 2:])
+    commits = [(r - quantizer.codebooks[i][out.codes[:, i]]).square().mean() for i, r in enumerate(out.residuals)]
+    torch.testing.assert_close(out.commit, torch.stack(commits).mean())
+
+
+def test_a_split_quantizer_starts_and_updates_each_codebook_on_its_own_frames():
+    quantizer, z = split_quantizer(), torch.randn(8, D, 100)
+    quantizer.init_codebooks(z, 800)
+    before = quantizer(z).commit
+    for step in range(30):
+        out = quantizer(z)
+        alone = split_quantizer()
+        alone.load_state_dict(quantizer.state_dict())
+        quantizer.update_codebooks(out, step)
+        for part in (alone.semantic, alone.acoustic):
+            part.update_codebooks(part(z), step)
+        assert torch.equal(alone.codebooks, quantizer.codebooks)
+    assert quantizer(z).commit <= before
+
+
+def test_dropout_of_a_split_quantizer_keeps_the_semantic_codebooks():
+    active = split_quantizer(dropout=1.0).train()(torch.randn(200, D, 2)).active
+    assert active[:, :3].min() == 1 and 0.2 < active[:, 4].mean() < 0.5  # 1, 2 or 3 acoustic ones
+
+
+def test_bypass_passes_the_projected_latent_for_its_share_of_items_and_the_codebooks_learn_from_all():
+    quantizer = split_quantizer(bypass=0.5).train()
+    z = torch.randn(300, D, 3)
+    out = quantizer(z)
+    for part, other in ((quantizer.semantic, quantizer.acoustic), (quantizer.acoustic, quantizer.semantic)):
+        plain = part.project_out(part.project_in(z.mT)).mT
+        rest = [other.project_out(other.project_in(z.mT)).mT, other.eval()(z).z_q]
+        bypassed = torch.stack([(out.z_q - plain - r).abs().amax((1, 2)) < 1e-5 for r in rest]).any(0)
+        assert 0.35 < bypassed.float().mean() < 0.65
+        other.train()
+    assert out.residuals.shape[1] == 300 and out.active.min() == 1
+    torch.testing.assert_close(quantizer.eval()(z).z_q, quantizer.decode(quantizer(z).codes))  # never at inference
 
 
 @pytest.mark.parametrize("kind", ["ema", "factorized"])
