@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -113,7 +114,7 @@ def _checkpoint_lines(folder: Path) -> dict[str, str]:
         "frame rate": f"{codec.frame_rate_hz:g} Hz (hop length {codec.hop_length})",
         "codebooks": f"{codec.n_codebooks} x {codec.codebook_size} entries",
         "kbps": "  ".join(rates) + "  (by number of codebooks)",
-        "receptive field": f"{context_ms:.1f} ms of input a frame",
+        "receptive field": f"{context_ms:.1f} ms of input a frame" if math.isfinite(context_ms) else "the whole past",
     }
 
 

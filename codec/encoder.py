@@ -1,5 +1,7 @@
 """Encoders: wav [B, 1, T] to latent z [B, D, T / hop_length]. They neither pad, trim nor quantize."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -27,6 +29,7 @@ class ConvEncoder(nn.Module):
 
     def __init__(self, config: ConvEncoderConfig, latent_dim: int):
         super().__init__()
+        self.config = config
         dim = config.encoder_dim
         same = {"causal": config.causal, "pad_mode": config.pad_mode, "normalize": config.weight_norm}
         layers = [PaddedConv1d(1, dim, 7, **same)]
@@ -51,6 +54,15 @@ class ConvEncoder(nn.Module):
     def reach_samples(self) -> float:
         """Receptive field of `local` in samples, minus 1."""
         return reach_in_samples(self.local)
+
+    @property
+    def receptive_field_samples(self) -> float:
+        """Samples that one latent frame can depend on; infinite where an LSTM remembers the whole past."""
+        if self.config.lstm_layers:
+            return math.inf
+        transformer, hop = self.config.transformer, self.config.hop_length // self.config.latent_stride
+        seen = transformer.n_layers * (transformer.window - 1) if transformer else 0
+        return self.reach_samples + 1 + hop * (seen + reach_in_samples(self.tail))
 
     def forward(self, wav: Tensor) -> Tensor:
         """wav [B, 1, T] to z [B, D, ceil(T / hop_length)]; T a multiple of hop_length unless causal."""
@@ -81,6 +93,11 @@ class SpectralEncoder(nn.Module):
     def reach_samples(self) -> float:
         """Receptive field in samples, minus 1."""
         return self.n_fft - 1 + reach_in_samples(self.blocks) * self.hop_length
+
+    @property
+    def receptive_field_samples(self) -> float:
+        """Samples that one latent frame can depend on."""
+        return self.reach_samples + 1
 
     def forward(self, wav: Tensor) -> Tensor:
         """wav [B, 1, T], T a multiple of hop_length, to z [B, D, T / hop_length]."""

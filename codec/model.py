@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from codec.checkpoint import find_checkpoint, load_into, load_tensors
+from codec.checkpoint import find_checkpoint, inference_tensors, load_into
 from codec.config import ModelConfig, parse_config
 from codec.decoder import build_decoder
 from codec.encoder import build_encoder
@@ -48,9 +48,9 @@ class Codec(nn.Module):
         return self.frame_rate_hz * self.n_codebooks * math.log2(self.codebook_size) / 1000
 
     @property
-    def receptive_field_samples(self) -> int:
-        """Samples of input that one frame of codes can depend on."""
-        return int(self.encoder.reach_samples) + 1
+    def receptive_field_samples(self) -> float:
+        """Samples of input that one frame of codes can depend on; infinite for a model with an LSTM."""
+        return self.encoder.receptive_field_samples
 
     @property
     def model_id(self) -> str:
@@ -61,7 +61,7 @@ class Codec(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, which: str = "latest") -> "Codec":
-        """A trained codec for inference: eval mode, weight norm folded.
+        """A trained codec for inference: eval mode, weight norm folded, averaged weights where the run kept them.
 
         Args:
             path: a run folder, or one of its checkpoints.
@@ -74,8 +74,7 @@ class Codec(nn.Module):
         if not config_path.is_file():
             raise ValueError(f"{config_path}: missing, expected beside model.safetensors; copy the run's config there")
         codec = cls(parse_config(config_path.read_text(), str(config_path)).model)
-        weights = folder / "model.safetensors"
-        load_into(codec, load_tensors(weights), str(weights))
+        load_into(codec, inference_tensors(folder), str(folder / "model.safetensors"))
         with torch.enable_grad():  # without grad mode the folded weights would become buffers
             remove_weight_norm(codec)
         return codec.eval().requires_grad_(False)

@@ -137,6 +137,18 @@ def test_receptive_field_is_what_gradients_reach(config):
     assert reach - 1 <= codec.decoder.reach_frames < reach + 3
 
 
+def test_receptive_field_counts_what_the_transformer_and_the_lstm_see():
+    assert make(MODELS["EnCodec"]).receptive_field_samples == math.inf
+    codec = make(MODELS["Mimi"])
+    n_samples = 100 * codec.hop_length
+    wav = torch.randn(1, 1, n_samples, dtype=torch.float64, requires_grad=True)
+    codec.encoder(wav)[0, :, -1].sum().backward()
+    reached = n_samples - int(wav.grad[0, 0].nonzero()[0])
+    assert reached <= codec.receptive_field_samples < reached + 3 * codec.hop_length
+    # the local part alone says far too little
+    assert reached > codec.encoder.reach_samples + 20 * codec.hop_length
+
+
 @pytest.mark.parametrize("name", ["conv, causal", "EnCodec", "Mimi"])
 def test_a_causal_codec_codes_the_past_without_the_future(name):
     codec, wav = make(MODELS[name]), speech(1200)
