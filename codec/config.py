@@ -4,6 +4,7 @@ A section of the file is a dataclass here. An unknown key fails and names the ne
 `--set train.seed=1` overrides single values (list items by index: `phases.0.steps=100`).
 """
 
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -166,6 +167,7 @@ class LossesConfig:
 
     adversarial: Literal["hinge", "least_squares", "bce"] = "hinge"
     feat_relative: bool = False
+    feat_flat: bool = False  # every layer counts alike, as in DAC; else every sub-discriminator
     mel_windows: tuple[int, ...] = (32, 64, 128, 256, 512, 1024, 2048)
     mel_bins: tuple[int, ...] = (5, 10, 20, 40, 80, 160, 320)
     mel_floor: float = 1e-5  # smallest magnitude told apart; a low one spends the gradient on silence
@@ -231,7 +233,7 @@ class TrainConfig:
     keep_last: int = 3
     max_minutes: float = 0.0  # 0: no limit; else save and leave after this long
     max_skipped_in_row: int = 10  # non-finite updates in a row that stop the run
-    init_from: str = ""  # folder of a run or checkpoint whose weights a new run starts from
+    init_from: str = ""  # run, checkpoint, pretrained folder or hub id whose weights a new run starts from
     # With init_from, and where that brings no discriminators like ours: so many updates at the start of the first
     # adversarial phase train the discriminators alone. They count as steps of that phase.
     disc_warmup_steps: int = 0
@@ -363,6 +365,25 @@ def model_differences(there: ModelConfig, here: ModelConfig) -> list[str]:
     a, b = _flat(to_dict(there), "model"), _flat(to_dict(here), "model")
     keys = [key for key in a | b if key not in QUANTIZER_TRAINING and a.get(key) != b.get(key)]
     return [f"{key}: {json.dumps(a.get(key))} there, {json.dumps(b.get(key))} here" for key in keys]
+
+
+def refuse_other_model(there: ModelConfig, here: ModelConfig, where: str, configs: str | Path) -> None:
+    """Raise ValueError, in one line, where weights of the model `there` do not fit ours; name the `configs` they fit."""
+    differences = model_differences(there, here)
+    if differences:
+        fitting = fitting_configs(there, configs)
+        mend = f"use the model section of {' or '.join(fitting)}" if fitting else "use the model section they came with"
+        raise ValueError(f"{where}: holds another model ({'; '.join(differences[:3])}); {mend}")
+
+
+def fitting_configs(model: ModelConfig, folder: str | Path) -> list[str]:
+    """Config files of a folder that weights of `model` fit."""
+    found = []
+    for path in sorted(Path(folder).glob("*.yaml")):
+        with contextlib.suppress(ValueError):  # somebody's unfinished config
+            if not model_differences(model, load_config(path).model):
+                found.append(str(path))
+    return found
 
 
 def _flat(section: dict, prefix: str) -> dict[str, Any]:

@@ -70,7 +70,7 @@ def _fake_term(logit: Tensor, kind: str) -> Tensor:
 
 
 def feature_matching_loss(
-    features_real: list[list[Tensor]], features_fake: list[list[Tensor]], relative: bool = False
+    features_real: list[list[Tensor]], features_fake: list[list[Tensor]], relative: bool = False, flat: bool = False
 ) -> Tensor:
     """L1 distance of discriminator activations, averaged over layers, then over sub-discriminators.
 
@@ -78,11 +78,14 @@ def feature_matching_loss(
         features_real: activations per sub-discriminator and layer, for recordings; detached here.
         features_fake: the same for reconstructions; receives gradient.
         relative: divide each layer's distance by the mean magnitude of its real activations (EnCodec).
+        flat: average over the layers of all sub-discriminators alike, which is DAC's sum divided by their number.
     Returns:
         Scalar.
 
     Source: Kumar et al. 2019 (MelGAN); Défossez et al. 2022, eq. 2. DAC and HiFi-GAN sum where we average.
     """
+    if flat:
+        features_real, features_fake = ([sum(features, [])] for features in (features_real, features_fake))
     means = []
     for reals, fakes in zip(features_real, features_fake, strict=True):
         layers = []
