@@ -3,7 +3,8 @@
     python train_codec_gan.py --config configs/quickstart.yaml
     torchrun --nproc_per_node=8 train_codec_gan.py --config configs/telugu.yaml --resume
 
-A run lives in runs/NAME: config.yaml, metrics.jsonl, tensorboard/, checkpoints/. "Steps" are generator updates.
+A run lives in runs/NAME: config.yaml, metrics.jsonl, tensorboard/, checkpoints/. "Steps" are generator updates, and
+where `train.init_from` has the discriminators warm up first, theirs until then.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from tqdm import tqdm
 from codec import distributed, metrics
 from codec.checkpoint import (
     find_checkpoint,
+    inference_tensors,
     load_into,
     load_state,
     load_tensors,
@@ -30,10 +32,22 @@ from codec.checkpoint import (
     restore_optimizer,
     save_checkpoint,
 )
-from codec.config import Config, OptimConfig, dump_config, load_config, parse_config, phase_at, phase_config, to_dict
+from codec.config import (
+    Config,
+    OptimConfig,
+    disc_warmup,
+    dump_config,
+    load_config,
+    parse_config,
+    phase_at,
+    phase_config,
+    refuse_other_model,
+    to_dict,
+)
 from codec.data import SegmentDataset, StepSampler, read_manifest, segment_loader
 from codec.discriminator import Discriminators
 from codec.files import write_atomically
+from codec.layers import Transformer
 from codec.losses import (
     Balancer,
     MelLoss,
@@ -45,6 +59,7 @@ from codec.losses import (
     waveform_loss,
 )
 from codec.model import Codec
+from codec.pretrained import read_model, resolve
 from codec.runlog import EpochMeans, RunLog
 
 VAL_SEED = 12345  # validation segments are the same in every run on the same data
@@ -61,56 +76,62 @@ class Training:
     mel_loss: MelLoss
     msspec_loss: MultiScaleSpectralLoss
     balancer: Balancer | None
+    averages: dict[str, Tensor]  # of the codec's parameters, by name; empty without optim.ema_decay
 
 
 # ------------------------------------------------------------------------- one update
 
 
-def train_step(wav: Tensor, t: Training, config: Config, step: int) -> dict[str, Tensor]:
+def train_step(wav: Tensor, t: Training, config: Config, step: int, warming: bool = False) -> dict[str, Tensor]:
     """One discriminator update, then one generator update, on the same forward of the codec.
 
     Args:
         wav: [B, 1, T] on the codec's device.
         config: as the current phase resolves it.
         step: number of this update; seeds what is random in it.
+        warming: update the discriminators alone; nothing of the codec changes.
     Returns:
         Unweighted terms, totals and gradient norms by name, detached. `skipped_g` or `skipped_d` is 1 where a
         non-finite loss or gradient made that update be left out.
     """
     weights, optim, kind = config.loss_weights, config.optim, config.losses.adversarial
-    adversarial = weights.adv > 0 or weights.feat > 0
     precision = torch.autocast(wav.device.type, torch.bfloat16, enabled=config.train.precision == "bf16")
     torch.manual_seed(hash((config.train.seed, step, distributed.rank())))
     set_learning_rates(t, optim, step, config.total_steps)
-    log = {}
-    with precision:
+    with precision, torch.set_grad_enabled(not warming):
         out = t.codec(wav)  # the only forward of the codec: codebook statistics see each batch once
+    log = {"snr_db": metrics.snr_db(wav, out.wav_hat).nanmean(),
+           "amplitude_ratio": metrics.amplitude_ratio(wav, out.wav_hat).nanmean()}  # fmt: skip
 
     # Discriminator: real against detached fake, in one pass.
-    if adversarial:
+    if weights.adversarial:
         t.discriminators.requires_grad_(True)
         with precision:
             logits, _ = t.discriminators(torch.cat([wav, out.wav_hat.detach()]))
         logits_real, logits_fake = zip(*(x.chunk(2) for x in logits))
-        log["loss_d"] = discriminator_loss(logits_real, logits_fake, kind)
+        loss_d = discriminator_loss(logits_real, logits_fake, kind)
         log["acc_real"], log["acc_fake"] = metrics.discriminator_accuracy(logits_real, logits_fake, kind)
         t.optimizer_d.zero_grad()
-        log["loss_d"].backward()
+        loss_d.backward()
+        log["loss_d"] = loss_d.detach()
         log["grad_norm_d"] = clip_grad_norm_(t.discriminators.parameters(), optim.max_grad_norm_d)
-        log["skipped_d"] = non_finite_anywhere(log["loss_d"], log["grad_norm_d"])
+        log["skipped_d"] = non_finite_anywhere(loss_d, log["grad_norm_d"])
         if not log["skipped_d"]:
             t.optimizer_d.step()
+    if warming:
+        return log
 
     # Generator: the updated discriminators are frozen, and real features need no graph.
     terms = reconstruction_terms(wav, out.wav_hat, t, config)
-    if adversarial:
+    if weights.adversarial:
         t.discriminators.requires_grad_(False)
         with precision, parametrize.cached():  # frozen weights are normalised once for both passes
             with torch.no_grad():
                 _, features_real = unwrap(t.discriminators)(wav)
             logits_fake, features_fake = unwrap(t.discriminators)(out.wav_hat)
         terms["adv"] = generator_adversarial_loss(logits_fake, kind)
-        terms["feat"] = feature_matching_loss(features_real, features_fake, config.losses.feat_relative)
+        losses = config.losses
+        terms["feat"] = feature_matching_loss(features_real, features_fake, losses.feat_relative, losses.feat_flat)
     vq = weights.commit * out.quantized.commit + weights.codebook * out.quantized.codebook
     loss_g = sum(getattr(weights, name) * term for name, term in terms.items()) + vq
     t.optimizer_g.zero_grad()
@@ -126,14 +147,10 @@ def train_step(wav: Tensor, t: Training, config: Config, step: int) -> dict[str,
         t.optimizer_g.step()
         if config.model.quantizer.type == "ema":
             unwrap(t.codec).quantizer.update_codebooks(out.quantized, step)
-    quantized = out.quantized
-    log |= terms | {"loss_g": loss_g, "commit": quantized.commit, "codebook": quantized.codebook,
-                    "vq": quantized.commit + quantized.codebook}  # fmt: skip
-    if adversarial:
-        log["adv_g"] = log.pop("adv")
-    log["snr_db"] = metrics.snr_db(wav, out.wav_hat).nanmean()
-    log["amplitude_ratio"] = metrics.amplitude_ratio(wav, out.wav_hat).nanmean()
-    return {name: value.detach() for name, value in log.items()}
+        average_weights(t, optim.ema_decay)
+    commit, codebook = out.quantized.commit, out.quantized.codebook
+    terms |= {"loss_g": loss_g, "commit": commit, "codebook": codebook, "vq": commit + codebook}
+    return log | {"adv_g" if name == "adv" else name: value.detach() for name, value in terms.items()}
 
 
 def reconstruction_terms(wav: Tensor, wav_hat: Tensor, t: Training, config: Config) -> dict[str, Tensor]:
@@ -148,6 +165,20 @@ def reconstruction_terms(wav: Tensor, wav_hat: Tensor, t: Training, config: Conf
     if weights.msspec > 0:
         terms["msspec"] = t.msspec_loss(wav, wav_hat)
     return terms
+
+
+@torch.no_grad()
+def average_weights(t: Training, decay: float) -> None:
+    """Move the averages toward the codec: averaged = decay * averaged + (1 - decay) * live; decay 0 starts them anew."""
+    if t.averages:
+        torch._foreach_lerp_(list(t.averages.values()), list(unwrap(t.codec).parameters()), 1 - decay)
+
+
+def exchange_weights(t: Training) -> None:
+    """Swap the codec's parameters with their averages, if such are kept; codebooks that are buffers stay."""
+    for name, parameter in unwrap(t.codec).named_parameters():
+        if name in t.averages:
+            parameter.data, t.averages[name] = t.averages[name], parameter.data
 
 
 def learning_rate(peak: float, optim: OptimConfig, step: int, total_steps: int) -> float:
@@ -230,21 +261,28 @@ def build(config: Config, device: torch.device) -> Training:
         if config.discriminators.sets:
             discriminators = DistributedDataParallel(discriminators, broadcast_buffers=False)
     losses = config.losses
+    averages = {name: p.detach().clone() for name, p in unwrap(codec).named_parameters()} if config.optim.ema_decay else {}
     return Training(
         codec, discriminators, optimizer_g, optimizer_d,
         MelLoss(config.model.sample_rate, losses.mel_windows, losses.mel_bins, losses.mel_floor).to(device),
         MultiScaleSpectralLoss(losses.msspec_windows).to(device),
         Balancer(mean_over_ranks=distributed.mean_over_ranks) if losses.balancer else None,
+        averages,
     )  # fmt: skip
 
 
 def adamw(module: nn.Module, lr: float, optim: OptimConfig) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices and kernels; biases, gains and snake alphas have one long axis only."""
+    """AdamW; matrices and kernels decay, all or a transformer's; biases, gains and snake alphas have one long axis only."""
     parameters = list(module.parameters()) or [nn.Parameter(torch.zeros(1))]
-    decayed = [p for p in parameters if p.numel() > max(p.shape, default=1)]
-    others = [p for p in parameters if p.numel() <= max(p.shape, default=1)]
-    groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=optim.betas, fused=True)
+    in_transformers = {p for child in module.modules() if isinstance(child, Transformer) for p in child.parameters()}
+    matrices = [p for p in parameters if p.numel() > max(p.shape, default=1)]
+    groups = [
+        ([p for p in matrices if p in in_transformers], optim.weight_decay),
+        ([p for p in matrices if p not in in_transformers], optim.weight_decay if optim.weight_decay_on == "all" else 0.0),
+        ([p for p in parameters if p.numel() <= max(p.shape, default=1)], 0.0),
+    ]
+    groups = [{"params": members, "weight_decay": decay} for members, decay in groups if members]
+    return torch.optim.AdamW(groups, lr=lr, betas=optim.betas, fused=True)
 
 
 @torch.no_grad()
@@ -267,6 +305,8 @@ def save(run_dir: Path, t: Training, config: Config, state: dict, best: bool) ->
             "discriminators": unwrap(t.discriminators).state_dict(),
             "optimizers": optimizer_tensors(t.optimizer_g, "g") | optimizer_tensors(t.optimizer_d, "d"),
         }
+        if t.averages:
+            tensors["ema"] = t.averages
         if t.balancer:
             state = state | {"balancer": t.balancer.state_dict()}
         save_checkpoint(run_dir, state["step"], tensors, state, dump_config(config), best=best,
@@ -287,6 +327,7 @@ def restore(folder: Path, t: Training, config: Config) -> dict:
     if changed:
         tell(f"note: resumed with other values than before: {', '.join(changed)}")
     state = load_state(folder)
+    load_averaged(folder, t)
     load_into(unwrap(t.codec), load_tensors(folder / "model.safetensors"), str(folder / "model.safetensors"))
     load_into(unwrap(t.discriminators), load_tensors(folder / "discriminators.safetensors"),
               str(folder / "discriminators.safetensors"))  # fmt: skip
@@ -296,6 +337,27 @@ def restore(folder: Path, t: Training, config: Config) -> dict:
     if t.balancer and "balancer" in state:
         t.balancer.load_state_dict(state["balancer"])
     return state
+
+
+def load_averaged(folder: Path, t: Training) -> None:
+    """Give the codec, and the averages if such are kept, the averaged weights of a checkpoint, or its only ones."""
+    load_into(unwrap(t.codec), inference_tensors(folder), str(folder / "model.safetensors"))
+    average_weights(t, decay=0.0)
+
+
+def load_initial(folder: Path, t: Training, config: Config) -> bool:
+    """Start from the codec of a checkpoint or pretrained folder, and from its discriminators where they are the config's.
+
+    Returns:
+        Whether the discriminators came along; else they stay fresh.
+    """
+    refuse_other_model(read_model(folder), config.model, f"train.init_from={folder}", Path(__file__).parent / "configs")
+    load_averaged(folder, t)
+    weights, saved = folder / "discriminators.safetensors", folder / "config.yaml"
+    alike = weights.is_file() and parse_config(saved.read_text(), str(saved)).discriminators == config.discriminators
+    if alike:
+        load_into(unwrap(t.discriminators), load_tensors(weights), str(weights))
+    return alike
 
 
 # ---------------------------------------------------------------------------- the loop
@@ -325,17 +387,23 @@ def train(config: Config, run_dir: Path, resume: bool, device: torch.device) -> 
         val_utterances = read_manifest(data.manifest, "train", config.model.sample_rate)
     val_set = SegmentDataset(val_utterances, data.val_segment_samples or data.segment_samples, VAL_SEED)
 
-    # Model, or where the last run left it
+    # Model: where the last run left it, or another run's, or a new one
     t = build(config, device)
-    state = {"step": 0, "best_mel": math.inf, "skipped_in_row": 0, "sums": {}, "counts": {}}
+    state = {"step": 0, "best_mel": math.inf, "skipped_in_row": 0, "sums": {}, "counts": {}, "disc_warmup_steps": 0}
     if resume and any((run_dir / "checkpoints").glob("step_*")):
         folder = find_checkpoint(run_dir)
-        state = restore(folder, t, config)
+        state |= restore(folder, t, config)
         tell(f"resumed from {folder}")
+    elif config.train.init_from:
+        folder = resolve(config.train.init_from)
+        with_discriminators = load_initial(folder, t, config)
+        state["disc_warmup_steps"] = 0 if with_discriminators else config.train.disc_warmup_steps
+        tell(f"started from {folder}, its discriminators too" if with_discriminators else
+             f"started from {folder}; discriminators are new, {state['disc_warmup_steps']} updates of theirs come first")
     first = torch.tensor([float(state["step"]), -float(state["step"])], device=device)
     if distributed.all_reduce_max(first).sum() != 0:
         raise ValueError(f"{run_dir}: processes found checkpoints of different steps; put the run on a shared disk")
-    if state["step"] == 0 and config.model.quantizer.type == "ema":
+    if state["step"] == 0 and config.model.quantizer.type == "ema" and not config.train.init_from:
         start_codebooks(unwrap(t.codec), train_set, config, device)
     log = None
     if main:
@@ -352,6 +420,7 @@ def train(config: Config, run_dir: Path, resume: bool, device: torch.device) -> 
          f"{config.total_steps} steps of {audio_s_per_step:.1f} s of audio, {steps_per_epoch} an epoch; log in {run_dir}")
 
     phases = [phase_config(config, index) for index in range(len(config.phases))]
+    warmup = disc_warmup(config, state["disc_warmup_steps"])
     bar = tqdm(total=config.total_steps, initial=state["step"], disable=not main, unit="step", dynamic_ncols=True,
                mininterval=0.5 if sys.stderr.isatty() else 30)  # fmt: skip
     shown, clock, clock_step = {}, time.monotonic(), state["step"]
@@ -359,7 +428,7 @@ def train(config: Config, run_dir: Path, resume: bool, device: torch.device) -> 
         step = state["step"]
         phase = phase_at(config, step)
         wav = wav.to(device, non_blocking=True)
-        values = train_step(wav, t, phases[phase], step)
+        values = train_step(wav, t, phases[phase], step, warming=step in warmup)
         names = list(values)
         over_time = config.train.max_minutes and time.monotonic() - started > 60 * config.train.max_minutes
         packed = torch.stack([values[name].float() for name in names]
@@ -371,7 +440,7 @@ def train(config: Config, run_dir: Path, resume: bool, device: torch.device) -> 
         bar.update()
 
         # A non-finite update was left out already; here it is named, and ends the run when it repeats.
-        if values["skipped_g"] or values.get("skipped_d"):
+        if values.get("skipped_g") or values.get("skipped_d"):
             state["skipped_in_row"] += 1
             bad = [name for name, value in values.items() if not math.isfinite(value)] or ["a gradient"]
             tell(f"step {step}: update skipped, not finite: {', '.join(bad)}", bar)
@@ -396,7 +465,9 @@ def train(config: Config, run_dir: Path, resume: bool, device: torch.device) -> 
         last = step == config.total_steps
         best = False
         if step % config.train.val_every == 0 or last:
+            exchange_weights(t)  # validation hears what inference will use
             scores = validate(unwrap(t.codec), val_set, config, device, log, step)
+            exchange_weights(t)
             means.add(scores)
             best = scores["val/mel"] < state["best_mel"]
             if best:
@@ -424,8 +495,8 @@ def validation_line(step: int, name: str, scores: dict, values: dict) -> str:
     """The line a person reads after each validation."""
     perplexity = [value for key, value in scores.items() if key.startswith("val/perplexity")]
     return (f"step {step} ({name}): val mel {scores['val/mel']:.2f} dB, snr {scores['val/snr_db']:.2f} dB, "
-            f"amplitude {scores['val/amplitude_ratio']:.2f}, perplexity {min(perplexity):.0f} to {max(perplexity):.0f}, "
-            f"loss_g {values['loss_g']:.3f}, loss_d {values.get('loss_d', math.nan):.3f}")  # fmt: skip
+            f"amplitude {scores['val/amplitude_ratio']:.2f}, perplexity {min(perplexity):.0f} to {max(perplexity):.0f}"
+            + "".join(f", {name} {values[name]:.3f}" for name in ("loss_g", "loss_d") if name in values))  # fmt: skip
 
 
 def count_parameters(module: nn.Module) -> float:

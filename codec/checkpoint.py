@@ -3,6 +3,8 @@
     runs/NAME/checkpoints/latest           text file: name of the newest checkpoint
     runs/NAME/checkpoints/best             text file: name of the best one
     runs/NAME/checkpoints/step_00001000/   model.safetensors, other GROUP.safetensors, config.yaml, state.json
+
+`ema.safetensors`, where a run keeps averaged weights, holds the codec's parameters by the names of model.safetensors.
 """
 
 from __future__ import annotations
@@ -124,6 +126,16 @@ def load_tensors(path: str | Path) -> dict[str, Tensor]:
         raise ValueError(f"{path}: truncated or not safetensors ({reason}); use another checkpoint") from None
 
 
+def inference_tensors(folder: str | Path) -> dict[str, Tensor]:
+    """A codec's tensors for use: its averaged parameters where there are any, and its buffers.
+
+    Raises:
+        ValueError: as `load_tensors`.
+    """
+    live, averaged = Path(folder) / "model.safetensors", Path(folder) / "ema.safetensors"
+    return load_tensors(live) | (load_tensors(averaged) if averaged.is_file() else {})
+
+
 def load_state(checkpoint: str | Path) -> dict:
     """The `state` that save_checkpoint was given.
 
@@ -151,22 +163,26 @@ def load_into(module: torch.nn.Module, tensors: dict[str, Tensor], where: str) -
     Raises:
         ValueError: the tensors are not those of this module; it is left as it was.
     """
-    own = module.state_dict()
-    missing = [name for name in own if name not in tensors]
-    unexpected = [name for name in tensors if name not in own]
+    problems = misfits(tensors, {name: value.shape for name, value in module.state_dict().items()})
+    if problems:
+        raise ValueError(f"{where}: does not fit the config: {problems}; use the run's own config")
+    module.load_state_dict(tensors)
+
+
+def misfits(tensors: dict[str, Tensor], expected: dict[str, torch.Size]) -> str:
+    """How tensors differ from the names and shapes expected, up to three of each kind named; empty if they do not."""
+    missing = [name for name in expected if name not in tensors]
+    unexpected = [name for name in tensors if name not in expected]
     reshaped = [
-        f"{name} {list(tensors[name].shape)} instead of {list(own[name].shape)}"
-        for name in own
-        if name in tensors and tensors[name].shape != own[name].shape
+        f"{name} {list(tensors[name].shape)} instead of {list(expected[name])}"
+        for name in expected
+        if name in tensors and tensors[name].shape != expected[name]
     ]
-    problems = [
+    return "; ".join(
         f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
         for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped))
         if names
-    ]
-    if problems:
-        raise ValueError(f"{where}: does not fit the config: {'; '.join(problems)}; use the run's own config")
-    module.load_state_dict(tensors)
+    )
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str, Tensor]:

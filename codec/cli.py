@@ -1,4 +1,4 @@
-"""The `codec` command: encode, decode, reconstruct, info."""
+"""The `codec` command: encode, decode, reconstruct, info, convert."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ import math
 import sys
 from pathlib import Path
 
-from torch import nn
-
 from codec.audio import load_audio, save_audio
 from codec.bitstream import CodecFileHeader, is_codec_file, read_codes, write_codes
-from codec.checkpoint import find_checkpoint, load_state
+from codec.card import n_weights
+from codec.checkpoint import load_state
+from codec.convert import convert as convert_weights
 from codec.model import Codec
+from codec.pretrained import read_json, resolve
 
 USER_ERROR = 2
+CODEC_HELP = "a run, checkpoint or pretrained folder, or a hub id"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -79,9 +81,14 @@ def info(options: argparse.Namespace) -> None:
     if options.path.is_file() and is_codec_file(options.path):
         lines = _file_lines(options.path)
     else:
-        lines = _checkpoint_lines(find_checkpoint(options.path, options.which))
+        lines = _checkpoint_lines(resolve(options.path, options.which))
     for name, value in lines.items():
         print(f"{name:<16}{value}")
+
+
+def convert(options: argparse.Namespace) -> None:
+    """Weights of transformers' DAC, EnCodec or Mimi to ours, ours to theirs, or a run to a folder to publish."""
+    print(convert_weights(options.source, options.output, options.to, options.which))
 
 
 def _file_lines(path: Path) -> dict[str, str]:
@@ -99,16 +106,17 @@ def _file_lines(path: Path) -> dict[str, str]:
 
 
 def _checkpoint_lines(folder: Path) -> dict[str, str]:
-    """Description of a checkpoint."""
+    """Description of a checkpoint or pretrained folder."""
     codec = Codec.from_pretrained(folder)
-    counts = {name: _n_weights(getattr(codec, name)) for name in ("encoder", "quantizer", "decoder")}
+    counts = {name: n_weights(getattr(codec, name).state_dict()) for name in ("encoder", "quantizer", "decoder")}
     counts["total"] = sum(counts.values())
     rates = [f"{n}: {_kbps(codec, n):.4g}" for n in range(1, codec.n_codebooks + 1)]
+    about = load_state(folder) if (folder / "state.json").is_file() else read_json(folder / "config.json")
     context_ms = 1000 * codec.receptive_field_samples / codec.sample_rate
     return {
         "checkpoint": str(folder),
         "model": codec.model_id,
-        "step": str(load_state(folder).get("step", "unknown")),
+        "step": str(about.get("step", "unknown")),
         "parameters": ", ".join(f"{name} {n:,}" for name, n in counts.items()),
         "sample rate": f"{codec.sample_rate} Hz",
         "frame rate": f"{codec.frame_rate_hz:g} Hz (hop length {codec.hop_length})",
@@ -116,12 +124,6 @@ def _checkpoint_lines(folder: Path) -> dict[str, str]:
         "kbps": "  ".join(rates) + "  (by number of codebooks)",
         "receptive field": f"{context_ms:.1f} ms of input a frame" if math.isfinite(context_ms) else "the whole past",
     }
-
-
-def _n_weights(part: nn.Module) -> int:
-    """Parameters, and codebooks where they are buffers because they are trained by moving averages."""
-    codebooks = [buffer for name, buffer in part.named_buffers() if name.endswith("codebooks")]
-    return sum(tensor.numel() for tensor in [*part.parameters(), *codebooks])
 
 
 def _kbps(codec: Codec, n_codebooks: int) -> float:
@@ -166,16 +168,23 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
         command.add_argument("input", type=Path, help=help_in)
         command.add_argument("output", type=Path, help=help_out)
-        command.add_argument("--checkpoint", type=Path, required=True, help="folder of a run or checkpoint")
+        command.add_argument("--checkpoint", required=True, help=CODEC_HELP)
         command.add_argument("--device", default="cpu", help="cpu (default), cuda, ...")
         if run is not decode:
             command.add_argument("--n_codebooks", type=int, help="use only the first so many (default all)")
         _add_which(command)
         command.set_defaults(run=run)
     command = commands.add_parser("info", help=info.__doc__, description=info.__doc__)
-    command.add_argument("path", type=Path, help="codec file, or folder of a run or checkpoint")
+    command.add_argument("path", type=Path, help=f"codec file, or {CODEC_HELP}")
     _add_which(command)
     command.set_defaults(run=info)
+    command = commands.add_parser("convert", help=convert.__doc__, description=convert.__doc__)
+    command.add_argument("output", type=Path, metavar="OUT", help="new folder")
+    command.add_argument("--from", dest="source", required=True, metavar="FOLDER_OR_HUB_ID",
+                         help=f"transformers' weights, or {CODEC_HELP}")  # fmt: skip
+    command.add_argument("--to", choices=("codec", "transformers"), default="codec", help="who shall load it (default codec)")
+    _add_which(command)
+    command.set_defaults(run=convert)
     return parser
 
 

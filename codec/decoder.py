@@ -103,7 +103,7 @@ class SpectralDecoder(nn.Module):
               for _ in range(config.n_blocks)]
         )  # fmt: skip
         self.norm_out = nn.LayerNorm(config.dim)
-        self.head = nn.Linear(config.dim, config.n_fft + 2)
+        self.to_spectrum = nn.Linear(config.dim, config.n_fft + 2)
         self.output = ScaledTanh()
         self.head = nn.Sequential()
 
@@ -116,7 +116,7 @@ class SpectralDecoder(nn.Module):
         """z_q [B, D, T'] to wav_hat [B, 1, T' x hop_length]."""
         x = self.blocks(self.norm_in(self.embed(z_q).transpose(1, 2)))
         with torch.autocast(z_q.device.type, enabled=False):  # phases and samples need more than bf16
-            log_magnitude, phase = self.head(self.norm_out(x.float())).transpose(1, 2).chunk(2, dim=1)
+            log_magnitude, phase = self.to_spectrum(self.norm_out(x.float())).transpose(1, 2).chunk(2, dim=1)
             spectrum = torch.polar(log_magnitude.clamp(max=5.0).exp(), phase)
             wav_hat = istft_frames(spectrum, self.n_fft, self.hop_length, self.window)
             return self.output(wav_hat[:, None])

@@ -10,11 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from codec.checkpoint import find_checkpoint, inference_tensors, load_into
-from codec.config import ModelConfig, parse_config
+from codec.card import model_card, n_weights
+from codec.checkpoint import inference_tensors, load_into
+from codec.config import ModelConfig
 from codec.decoder import build_decoder
 from codec.encoder import build_encoder
 from codec.layers import remove_weight_norm
+from codec.pretrained import read_model, resolve, with_weight_norm, write_pretrained
 from codec.rvq import QuantizerOutput, build_quantizer
 
 
@@ -64,20 +66,29 @@ class Codec(nn.Module):
         """A trained codec for inference: eval mode, weight norm folded, averaged weights where the run kept them.
 
         Args:
-            path: a run folder, or one of its checkpoints.
+            path: a run folder, one of its checkpoints, a pretrained folder, or an id on the Hugging Face hub.
             which: "latest" or "best", where path is a run folder.
         Raises:
-            ValueError: no checkpoint there, or its tensors do not fit its config; one line.
+            ValueError: no codec there, or its tensors do not fit its config; one line.
         """
-        folder = find_checkpoint(path, which)
-        config_path = folder / "config.yaml"
-        if not config_path.is_file():
-            raise ValueError(f"{config_path}: missing, expected beside model.safetensors; copy the run's config there")
-        codec = cls(parse_config(config_path.read_text(), str(config_path)).model)
+        folder = resolve(path, which)
+        codec = cls(read_model(folder))
         load_into(codec, inference_tensors(folder), str(folder / "model.safetensors"))
         with torch.enable_grad():  # without grad mode the folded weights would become buffers
             remove_weight_norm(codec)
         return codec.eval().requires_grad_(False)
+
+    def save_pretrained(self, path: str | Path, card: str | None = None) -> None:
+        """Write a folder that `from_pretrained` reads here or, once uploaded, from the hub; training can go on from it.
+
+        Args:
+            path: a new folder; a pretrained one that is there already is replaced.
+            card: README.md of the folder; default: what the model is and how to use it, the rest left to fill in.
+        Raises:
+            ValueError: path holds something else.
+        """
+        tensors = with_weight_norm(self.state_dict(), state_names(self.config))
+        write_pretrained(path, self.config, tensors, card or model_card(self.config, n_weights(tensors)), {})
 
     def forward(self, wav: Tensor, n_codebooks: int | None = None) -> CodecOutput:
         """Code and decode. The quantizer runs in fp32 under autocast too.
@@ -125,6 +136,12 @@ class Codec(nn.Module):
         if wav.ndim != 3 or wav.shape[1] != 1 or wav.shape[2] == 0:
             raise ValueError(f"codec input has shape {list(wav.shape)}, expected [B, 1, T] with T > 0; mix to mono first")
         return F.pad(wav, (0, -wav.shape[-1] % self.hop_length)) if self.config.pad_input else wav
+
+
+def state_names(config: ModelConfig) -> dict[str, torch.Size]:
+    """Names and shapes of a codec's tensors as it is trained; builds it without memory."""
+    with torch.device("meta"):
+        return {name: value.shape for name, value in Codec(config).state_dict().items()}
 
 
 def in_chunks(

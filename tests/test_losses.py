@@ -5,7 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchaudio
+from conftest import speech_like, tiny_config
 
+from codec.config import phase_config
 from codec.losses import (
     Balancer,
     MelLoss,
@@ -17,6 +19,7 @@ from codec.losses import (
     waveform_loss,
 )
 from codec.spectral import mel_filterbank, stft
+from train_codec_gan import build, train_step
 
 KINDS = ("hinge", "least_squares", "bce")
 
@@ -255,6 +258,45 @@ def test_a_weight_is_the_share_of_the_gradient_whatever_the_scale_of_the_loss(sc
     assert not gradient.requires_grad
     wrong = torch.autograd.grad(sum(w * loss for loss, w in two_losses(wav_hat, scale).values()), wav_hat)[0]
     assert not torch.allclose(wrong / wrong.norm(), expected / expected.norm(), atol=1e-3)
+
+
+def output_shares(t, config, wav: torch.Tensor) -> tuple[dict, dict]:
+    """Of one update: the share of each loss in the gradient that reached the output, and in a plain weighted sum."""
+    outputs, reached = [], []
+
+    def listen(module, args, out):
+        outputs.append(out.wav_hat)
+        out.wav_hat.register_hook(reached.append)  # the last is that of the backward pass; the balancer's come before
+
+    t.codec.register_forward_hook(listen)
+    train_step(wav, t, config, 0)
+    wav_hat = outputs[0].detach().requires_grad_()
+    features_real, (logits, features) = t.discriminators(wav)[1], t.discriminators(wav_hat)  # as G's step met them
+    losses = {
+        "adv": generator_adversarial_loss(logits, "hinge"),
+        "feat": feature_matching_loss(features_real, features),
+        "wave": waveform_loss(wav, wav_hat),
+        "mel": t.mel_loss(wav, wav_hat),
+        "msspec": t.msspec_loss(wav, wav_hat),
+    }
+    gradients = torch.stack([torch.autograd.grad(loss, wav_hat, retain_graph=True)[0].flatten() for loss in losses.values()])
+    coefficients = torch.linalg.lstsq(gradients.T.double(), reached[-1].flatten()[:, None].double()).solution.flatten()
+    norms = gradients.unflatten(1, (len(wav), -1)).norm(dim=2).mean(1)  # per item
+    plain = torch.tensor([getattr(config.loss_weights, name) for name in losses]) * norms
+    balanced = coefficients * norms * len(wav)
+    return dict(zip(losses, balanced.tolist())), dict(zip(losses, (plain / plain.sum()).tolist()))
+
+
+def test_in_a_whole_update_each_loss_has_its_share_of_the_gradient_at_the_output_within_one_percent():
+    weights = {"adv": 4.0, "feat": 4.0, "wave": 0.1, "mel": 1.0, "msspec": 2.0}
+    config = tiny_config(["losses.balancer=true", *[f"loss_weights.{name}={weight}" for name, weight in weights.items()]])
+    config = phase_config(config, 1)
+    wav = torch.stack([torch.from_numpy(speech_like(2000, seed=i))[None] for i in range(4)])
+    balanced, plain = output_shares(build(config, torch.device("cpu")), config, wav)
+    for name, weight in weights.items():
+        assert balanced[name] == pytest.approx(weight / sum(weights.values()), rel=0.01), name
+    far = [name for name, weight in weights.items() if not 0.5 < plain[name] / (weight / sum(weights.values())) < 2]
+    assert len(far) >= 3  # known wrong: the weighted sum, where a loss's scale decides
 
 
 def test_norms_are_averaged_without_bias_over_updates():

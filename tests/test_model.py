@@ -164,6 +164,15 @@ def test_a_causal_codec_codes_the_past_without_the_future(name):
 
 
 @all_models
+def test_every_parameter_takes_part(config):
+    torch.manual_seed(0)
+    codec = Codec(config)
+    out = codec(speech(1000).float())
+    (out.wav_hat.square().mean() + out.quantized.commit + out.quantized.codebook).backward()
+    assert [name for name, p in codec.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+@all_models
 def test_the_quantizer_runs_in_float32_under_autocast(config):
     codec = make(config)
     with torch.autocast("cpu", torch.bfloat16):

@@ -1,0 +1,228 @@
+"""Starting from another run's weights, and discriminators that warm up alone where they are new."""
+
+import dataclasses
+import math
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, speech_like, tiny_config
+from safetensors.torch import load_file
+
+import train_codec_gan
+from codec.checkpoint import find_checkpoint, load_state
+from codec.config import disc_warmup, phase_config
+from codec.model import Codec
+from codec.pretrained import resolve
+from codec.runlog import read_metrics
+from train_codec_gan import build, load_initial, start_codebooks, train, train_step
+
+CPU = torch.device("cpu")
+OTHER_DISCRIMINATORS = "discriminators.sets=[{type: mrd, windows: [128], channels: 4}]"
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def source(manifest, tmp_path_factory) -> Path:
+    """A run of six updates, four of them adversarial, that kept averages."""
+    run_dir = tmp_path_factory.mktemp("source") / "run"
+    train(settings(manifest, "optim.ema_decay=0.5", "phases.0.steps=2", "phases.1.steps=4"), run_dir, False, CPU)
+    return run_dir
+
+
+def settings(manifest: Path, *more: str):
+    return tiny_config(["data.n_workers=0", "train.keep_last=9", "train.checkpoint_every=1", *more], manifest)
+
+
+def batch(seed: int = 0) -> torch.Tensor:
+    return torch.stack([torch.from_numpy(speech_like(2000, seed=seed + i))[None] for i in range(4)])
+
+
+def saved(checkpoint: Path, name: str = "*") -> dict[str, torch.Tensor]:
+    return {f"{path.stem}.{key}": value for path in sorted(checkpoint.glob(f"{name}.safetensors"))
+            for key, value in load_file(path).items()}  # fmt: skip
+
+
+def at_step(run_dir: Path, step: int, name: str = "*") -> dict[str, torch.Tensor]:
+    return saved(run_dir / "checkpoints" / f"step_{step:08d}", name)
+
+
+def differing(a: dict, b: dict) -> list[str]:
+    assert a.keys() == b.keys()
+    return [name for name in a if not torch.equal(a[name], b[name])]
+
+
+def copy(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+# ------------------------------------------------------------------------ the start
+
+
+@pytest.mark.parametrize("where", ["run", "checkpoints", "checkpoint"])
+def test_a_new_run_starts_from_the_averaged_weights_the_codebooks_and_the_discriminators_of_another(manifest, source, where):
+    folder = {"run": source, "checkpoints": source / "checkpoints", "checkpoint": find_checkpoint(source)}[where]
+    config = settings(manifest, "optim.ema_decay=0.9", "train.seed=5")
+    t = build(config, CPU)
+    assert load_initial(find_checkpoint(folder), t, config) is True
+    there = {group: {name[len(group) + 1 :]: value for name, value in saved(find_checkpoint(source), group).items()}
+             for group in ("model", "ema", "discriminators")}  # fmt: skip
+    assert differing(t.codec.state_dict(), there["model"] | there["ema"]) == []
+    assert differing(t.averages, there["ema"]) == []
+    assert differing(t.discriminators.state_dict(), there["discriminators"]) == []
+    assert differing(there["model"], there["model"] | there["ema"])  # known wrong: the live weights
+
+
+def test_a_new_run_starts_from_a_pretrained_folder(manifest, source, tmp_path):
+    codec = Codec.from_pretrained(source)
+    codec.save_pretrained(tmp_path / "published")
+    config = settings(manifest, "optim.ema_decay=0.9")
+    t = build(config, CPU)
+    assert load_initial(resolve(tmp_path / "published"), t, config) is False  # it holds no discriminators
+    torch.testing.assert_close(t.codec.eval()(batch()).wav_hat, codec(batch()).wav_hat)
+    assert differing(t.averages, dict(t.codec.named_parameters())) == []
+
+
+def test_the_codebooks_are_not_started_anew(manifest, source, tmp_path, capsys):
+    there = saved(find_checkpoint(source), "model")
+    frozen = ["optim.lr_g=0", "optim.weight_decay=0", "model.quantizer.decay=1.0", "model.quantizer.dead_threshold=0"]
+    config = settings(manifest, f"train.init_from={source}", "phases.0.steps=1", "phases.1.steps=0", *frozen)
+    train(config, tmp_path / "run", False, CPU)
+    assert "its discriminators too" in capsys.readouterr().err
+    after = saved(find_checkpoint(tmp_path / "run"), "model")
+    torch.testing.assert_close(after["model.quantizer.ema_sum"], there["model.quantizer.ema_sum"])
+    torch.testing.assert_close(after["model.quantizer.codebooks"], there["model.quantizer.codebooks"], rtol=1e-4, atol=1e-5)
+
+    t = build(config, CPU)  # known wrong: k-means after loading
+    load_initial(find_checkpoint(source), t, config)
+    utterances = train_codec_gan.read_manifest(manifest, "train", 8000)
+    start_codebooks(t.codec, train_codec_gan.SegmentDataset(utterances, 2000, 0), config, CPU)
+    assert not torch.allclose(t.codec.quantizer.codebooks, there["model.quantizer.codebooks"], atol=1e-2)
+
+
+def test_discriminators_of_another_shape_or_absent_ones_start_fresh(manifest, source, tmp_path):
+    config = settings(manifest, OTHER_DISCRIMINATORS)
+    t = build(config, CPU)
+    fresh = copy(t.discriminators)
+    assert load_initial(find_checkpoint(source), t, config) is False
+    assert differing(fresh, t.discriminators.state_dict()) == []
+
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("model.safetensors", "config.yaml", "state.json"):
+        (bare / name).write_bytes((find_checkpoint(source) / name).read_bytes())
+    config = settings(manifest)
+    t = build(config, CPU)
+    assert load_initial(find_checkpoint(bare), t, config) is False
+    assert differing(t.codec.state_dict(), load_file(bare / "model.safetensors")) == []
+
+
+def test_another_model_is_refused_in_one_line_that_names_the_keys_and_the_config_that_fits(manifest, source, tmp_path,
+                                                                                          monkeypatch):  # fmt: skip
+    monkeypatch.setattr(train_codec_gan, "__file__", str(tmp_path / "train_codec_gan.py"))
+    config = settings(manifest, "model.encoder.causal=true", "model.quantizer.codebook_size=32")
+    with pytest.raises(ValueError) as error:
+        load_initial(find_checkpoint(source), build(config, CPU), config)
+    assert "model.encoder.causal: false there, true here; model.quantizer.codebook_size: 16 there, 32 here" in str(error.value)
+    assert "use the model section they came with" in str(error.value)
+
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "fits.yaml").write_text(TINY)
+    (tmp_path / "configs" / "other.yaml").write_text(TINY.replace("latent_dim: 16", "latent_dim: 20"))
+    (tmp_path / "configs" / "unfinished.yaml").write_text("name: x\n")
+    with pytest.raises(ValueError) as error:
+        load_initial(find_checkpoint(source), build(config, CPU), config)
+    assert str(error.value).endswith(f"use the model section of {tmp_path / 'configs' / 'fits.yaml'}")
+    assert "\n" not in str(error.value)
+
+
+def test_how_a_quantizer_is_trained_may_differ_from_the_source(manifest, source):
+    config = settings(manifest, "model.quantizer.dropout=0.5", "model.quantizer.decay=0.9", "model.quantizer.bypass=0.5",
+                      "model.quantizer.dropout_counts=[1, 3]", "model.quantizer.kmeans_frames=9")  # fmt: skip
+    assert load_initial(find_checkpoint(source), build(config, CPU), config)
+
+
+# ---------------------------------------------------------------------- the warm-up
+
+
+@pytest.mark.parametrize(
+    "phases, n_steps, expected",
+    [
+        ([("off", 3), ("on", 5)], 2, range(3, 5)),
+        ([("on", 5)], 2, range(2)),
+        ([("on", 5), ("on", 5)], 9, range(5)),
+        ([("off", 3)], 2, range(0)),
+        ([("off", 3), ("on", 5)], 0, range(3, 3)),
+        ([("on", 0), ("off", 3), ("on", 5)], 1, range(3, 4)),
+    ],
+)
+def test_warm_up_is_the_start_of_the_first_adversarial_phase(phases, n_steps, expected):
+    config = tiny_config(["loss_weights.adv=0", "loss_weights.feat=0"])
+    weights = {"on": {"loss_weights.feat": 1.0}, "off": {}}
+    phases = tuple(dataclasses.replace(config.phases[0], steps=steps, set=weights[kind]) for kind, steps in phases)
+    assert disc_warmup(dataclasses.replace(config, phases=phases), n_steps) == expected
+
+
+def test_warm_up_without_weights_to_start_from_is_refused():
+    with pytest.raises(ValueError, match="train.disc_warmup_steps=3 without train.init_from"):
+        tiny_config(["train.disc_warmup_steps=3"])
+
+
+def test_a_warm_up_update_changes_the_discriminators_and_nothing_else():
+    config = phase_config(tiny_config(["optim.ema_decay=0.9"]), 1)
+    t = build(config, CPU)
+    codec, averages, discriminators = copy(t.codec), {n: v.clone() for n, v in t.averages.items()}, copy(t.discriminators)
+    for step in range(3):
+        log = train_step(batch(step), t, config, step, warming=True)
+    assert differing(codec, t.codec.state_dict()) == [] and differing(averages, t.averages) == []
+    assert len(differing(discriminators, t.discriminators.state_dict())) > 0.9 * len(discriminators)
+    assert not t.optimizer_g.state and all(p.grad is None for p in t.codec.parameters())
+    assert set(log) == {"loss_d", "acc_real", "acc_fake", "grad_norm_d", "skipped_d", "snr_db", "amplitude_ratio"}
+    assert not any(value.requires_grad for value in log.values())
+
+    quantizer = t.codec.quantizer  # known wrong: the generator is left out, and the codebooks go on
+    quantizer.update_codebooks(t.codec(batch()).quantized, 0)
+    assert set(differing(codec, t.codec.state_dict())) == {f"quantizer.{n}" for n in ("codebooks", "ema_count", "ema_sum")}
+
+
+def test_discriminators_learn_in_the_warm_up_that_uses_up_steps_of_its_phase(manifest, source, tmp_path, capsys):
+    config = settings(manifest, f"train.init_from={source}", "train.disc_warmup_steps=3", "phases.0.steps=1",
+                      "phases.1.steps=5", OTHER_DISCRIMINATORS)  # fmt: skip
+    train(config, tmp_path / "run", False, CPU)
+    assert "discriminators are new, 3 updates of theirs come first" in capsys.readouterr().err
+    codec = {step: at_step(tmp_path / "run", step, "model") for step in range(1, 7)}
+    discriminators = {step: at_step(tmp_path / "run", step, "discriminators") for step in range(1, 7)}
+    assert not differing(codec[1], codec[4]) and differing(discriminators[1], discriminators[4])
+    assert {"model.quantizer.codebooks", "model.encoder.local.0.conv.bias"} <= set(differing(codec[4], codec[5]))
+    assert differing(discriminators[4], discriminators[5])
+    lines = {line["step"]: line for line in read_metrics(tmp_path / "run") if "train/snr_db_step" in line}
+    assert list(lines) == [1, 2, 3, 4, 5, 6]
+    assert ["train/loss_d_step" in line for line in lines.values()] == [False, True, True, True, True, True]
+    assert ["train/loss_g_step" in line for line in lines.values()] == [True, False, False, False, True, True]
+
+
+def test_a_run_stopped_in_the_warm_up_resumes_to_the_same_bits(manifest, source, tmp_path):
+    values = [f"train.init_from={source}", "train.disc_warmup_steps=3", "phases.0.steps=1", "optim.ema_decay=0.9",
+              OTHER_DISCRIMINATORS]  # fmt: skip
+    config = settings(manifest, "phases.1.steps=5", *values)
+    train(config, tmp_path / "whole", False, CPU)
+    train(settings(manifest, "phases.1.steps=2", *values), tmp_path / "stopped", False, CPU)
+    assert load_state(find_checkpoint(tmp_path / "stopped"))["disc_warmup_steps"] == 3
+    train(config, tmp_path / "stopped", True, CPU)
+    assert differing(at_step(tmp_path / "whole", 6), at_step(tmp_path / "stopped", 6)) == []
+
+
+def test_discriminators_that_came_along_do_not_warm_up_nor_do_those_of_a_resumed_run(manifest, source, tmp_path):
+    values = [f"train.init_from={source}", "train.disc_warmup_steps=2", "phases.0.steps=0"]
+    train(settings(manifest, "phases.1.steps=2", *values), tmp_path / "run", False, CPU)
+    train(settings(manifest, "phases.1.steps=3", *values), tmp_path / "run", True, CPU)
+    losses = [line["train/loss_g_step"] for line in read_metrics(tmp_path / "run") if "train/snr_db_step" in line]
+    assert len(losses) == 3 and all(map(math.isfinite, losses))
