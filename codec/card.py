@@ -136,14 +136,16 @@ def _metrics(run_dir: Path, step: int) -> str:
     from codec.runlog import read_metrics  # here: it loads tensorboard, which using a codec does not need
 
     lines = read_metrics(run_dir) if (run_dir / "metrics.jsonl").is_file() else []
-    validations = [line for line in lines if line.get("val/mel") is not None and line["step"] <= step]
+    validations = [line for line in lines if line.get("val/mel_step") is not None and line["step"] <= step]
     if not validations:
         return "## Metrics\n\nNo validation was logged up to this checkpoint."
-    last, best = validations[-1], min(validations, key=lambda line: line["val/mel"])
-    names = [name for name in last if name.startswith("val/") and not name.startswith(("val/used_", "val/perplexity_"))]
-    rows = [f"| {name.removeprefix('val/')} | {_number(last[name])} | {_number(best.get(name))} |" for name in names]
-    perplexities = [[line[name] for name in line if name.startswith("val/perplexity_")] for line in (last, best)]
-    spans = [f"{min(values):.0f} to {max(values):.0f}" if values else "" for values in perplexities]
+    last, best = validations[-1], min(validations, key=lambda line: line["val/mel_step"])
+    scores = {name.removeprefix("val/").removesuffix("_step"): (last[name], best.get(name))
+              for name in last if name.startswith("val/") and name.endswith("_step")}  # fmt: skip
+    rows = [f"| {name} | {_number(here)} | {_number(there)} |" for name, (here, there) in scores.items()
+            if not name.startswith(("used_", "perplexity_"))]  # fmt: skip
+    perplexities = zip(*[pair for name, pair in scores.items() if name.startswith("perplexity_") and None not in pair])
+    spans = [f"{min(values):.0f} to {max(values):.0f}" for values in perplexities] or ["", ""]
     return "\n".join(["## Metrics", "", "On fixed segments of the validation split.", "",
                       f"| metric | here (step {last['step']}) | best mel (step {best['step']}) |", "|---|---|---|", *rows,
                       f"| codebook perplexity | {spans[0]} | {spans[1]} |"])  # fmt: skip

@@ -184,8 +184,8 @@ def card_of_run(tmp_path, codec, stats: dict | None, losses=(3.0, 2.0, 2.5)) -> 
         (tmp_path / "data/stats.json").write_text(json.dumps(stats))
     log = RunLog(tmp_path / "runs/telugu-small")
     for step, mel in zip((20, 30, 40, 50), (*losses, 1.0)):
-        scores = {"val/snr_db": 5.25, "val/mel": mel, "val/perplexity_0": 9.0, "val/perplexity_1": 12.0, "val/used_0": 0.5}
-        log.scalars(step, scores)
+        scores = {"snr_db": 5.25, "mel": mel, "perplexity_0": 9.0, "perplexity_1": 12.0, "used_0": 0.5}
+        log.scalars(step, {f"val/{name}_step": value for name, value in scores.items()})
     log.close()
     save_run(tmp_path / "runs/telugu-small", codec, TINY.replace("MANIFEST", str(manifest)))
     assert main(["convert", "--from", str(tmp_path / "runs/telugu-small"), str(tmp_path / "out")]) == 0
