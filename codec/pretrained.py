@@ -117,9 +117,9 @@ def new_folder(path: str | Path) -> Iterator[Path]:
         if path.exists():
             os.rename(path, old)
         os.rename(temporary, path)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def read_json(path: Path) -> dict:
