@@ -62,6 +62,7 @@ from codec.model import Codec
 from codec.pretrained import read_model, resolve
 from codec.runlog import EpochMeans, RunLog
 
+ONLY_AT_START = ("init_from", "disc_warmup_steps")  # keys of train without a say in a resumed run; a warm-up can end early
 VAL_SEED = 12345  # validation segments are the same in every run on the same data
 
 
@@ -265,7 +266,7 @@ def build(config: Config, device: torch.device) -> Training:
     return Training(
         codec, discriminators, optimizer_g, optimizer_d,
         MelLoss(config.model.sample_rate, losses.mel_windows, losses.mel_bins, losses.mel_floor).to(device),
-        MultiScaleSpectralLoss(losses.msspec_windows).to(device),
+        MultiScaleSpectralLoss(losses.msspec_windows, losses.msspec_log_weight).to(device),
         Balancer(mean_over_ranks=distributed.mean_over_ranks) if losses.balancer else None,
         averages,
     )  # fmt: skip
@@ -323,7 +324,7 @@ def restore(folder: Path, t: Training, config: Config) -> dict:
                              f"{folder / 'config.yaml'}, or start a new run with another --run_dir")  # fmt: skip
     before, now = to_dict(saved), to_dict(config)
     changed = [f"{section}.{key}" for section in ("losses", "loss_weights", "optim", "data", "train")
-               for key in now[section] if now[section][key] != before[section][key]]  # fmt: skip
+               for key in now[section] if now[section][key] != before[section][key] and key not in ONLY_AT_START]
     if changed:
         tell(f"note: resumed with other values than before: {', '.join(changed)}")
     state = load_state(folder)
@@ -393,13 +394,15 @@ def train(config: Config, run_dir: Path, resume: bool, device: torch.device) -> 
     if resume and any((run_dir / "checkpoints").glob("step_*")):
         folder = find_checkpoint(run_dir)
         state |= restore(folder, t, config)
+        state["disc_warmup_steps"] = min(state["disc_warmup_steps"], config.train.disc_warmup_steps)
         tell(f"resumed from {folder}")
     elif config.train.init_from:
         folder = resolve(config.train.init_from)
         with_discriminators = load_initial(folder, t, config)
         state["disc_warmup_steps"] = 0 if with_discriminators else config.train.disc_warmup_steps
         tell(f"started from {folder}, its discriminators too" if with_discriminators else
-             f"started from {folder}; discriminators are new, {state['disc_warmup_steps']} updates of theirs come first")
+             f"started from {folder}; discriminators are new, "
+             f"{len(disc_warmup(config, config.train.disc_warmup_steps))} updates of theirs come first")  # fmt: skip
     first = torch.tensor([float(state["step"]), -float(state["step"])], device=device)
     if distributed.all_reduce_max(first).sum() != 0:
         raise ValueError(f"{run_dir}: processes found checkpoints of different steps; put the run on a shared disk")

@@ -57,7 +57,8 @@ def finetune(name: str, recipes: Path, manifest: Path, folder: Path) -> dict:
               "train.max_minutes=0", "optim.warmup_steps=0",
               *([] if weights.mel or weights.msspec else ["loss_weights.mel=1.0"])]  # fmt: skip
     config = load_config(config_path, values)
-    val = SegmentDataset(read_manifest(manifest, "val", config.model.sample_rate), config.data.val_segment_samples, VAL_SEED)
+    n_samples = config.data.val_segment_samples or config.data.segment_samples
+    val = SegmentDataset(read_manifest(manifest, "val", config.model.sample_rate), n_samples, VAL_SEED)
     before = validate(Codec.from_pretrained(converted), val, config, torch.device("cpu"), None, 0)
     run("train_codec_gan.py", "--config", config_path, "--run_dir", trained, "--set", *values)
     after = [line for line in read_metrics(trained) if "val/mel_step" in line][-1]
@@ -72,10 +73,11 @@ def main() -> None:
     parser.add_argument("--language", default="el", help="speaker group of the manifest that was held out")
     args = parser.parse_args()
     args.out_dir.mkdir(parents=True, exist_ok=True)
-    manifest = one_language(args.manifest, args.language, args.out_dir)
+    out_dir = args.out_dir.resolve()  # the scripts run in the project's folder
+    manifest = one_language(args.manifest.resolve(), args.language, out_dir)
     print("| recipe | mel dB before | after | SNR dB before | after | amplitude before | after |\n" + "|---" * 7 + "|")
     for name in ("dac", "encodec", "mimi"):
-        pairs = finetune(name, args.recipes, manifest, args.out_dir.resolve())
+        pairs = finetune(name, args.recipes.resolve(), manifest, out_dir)
         print(f"| {name} | " + " | ".join(f"{value:.2f}" for pair in pairs.values() for value in pair) + " |", flush=True)
         assert pairs["mel"][1] < pairs["mel"][0] and math.isfinite(pairs["mel"][1]), name
 

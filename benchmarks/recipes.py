@@ -1,6 +1,6 @@
 """The recipes side by side: same data, same number of audio-seconds, one model size, one bitrate, one thread each.
 
-    python benchmarks/recipes.py MANIFEST_24KHZ OUT_DIR [--seconds 1500] [--only telugu mimi]
+    python benchmarks/recipes.py MANIFEST_24KHZ OUT_DIR [--seconds 800] [--only telugu mimi]
 
 Two runs go at once, each on a core of its own. What is scaled is the same for all: 2.4 to 2.5M parameters (codebooks not
 counted), 3 kbps in codebooks of 1024 entries, an update on one segment of 0.96 s, k-means on as many frames, a quarter of
@@ -147,7 +147,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("manifest", type=Path)
     parser.add_argument("out_dir", type=Path)
-    parser.add_argument("--seconds", type=float, default=1500, help="of audio that each recipe is trained on")
+    parser.add_argument("--seconds", type=float, default=800, help="of audio that each recipe is trained on")
     parser.add_argument("--only", nargs="+", choices=RECIPES, default=list(RECIPES), metavar="RECIPE")
     args = parser.parse_args()
     args.out_dir.mkdir(parents=True, exist_ok=True)

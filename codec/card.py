@@ -10,6 +10,7 @@ from torch import Tensor
 
 from codec.checkpoint import load_state
 from codec.config import Config, ModelConfig, parse_config, phase_config, to_dict
+from codec.pretrained import public_name
 
 USE_CODEC = '''from codec.audio import load_audio
 from codec.model import Codec
@@ -89,12 +90,15 @@ def run_section(checkpoint: Path) -> str:
     """Data, recipe and metrics of the run that a checkpoint belongs to.
 
     Args:
-        checkpoint: folder with config.yaml and state.json; metrics.jsonl is looked for two levels up, in the run.
+        checkpoint: folder with config.yaml and state.json; metrics.jsonl is the run's, where the folder still lies in one.
     """
     path = checkpoint / "config.yaml"
     config = parse_config(path.read_text(encoding="utf-8"), str(path))
     step = load_state(checkpoint)["step"]
-    return "\n\n".join([_data(config), _recipe(config, step), _metrics(checkpoint.resolve().parent.parent, step)])
+    folder = checkpoint.resolve().parent
+    metrics = (_metrics(folder.parent, step) if folder.name == "checkpoints" else
+               "## Metrics\n\nThe log of the run was out of reach when this card was written.")  # fmt: skip
+    return "\n\n".join([_data(config), _recipe(config, step), metrics])
 
 
 def _data(config: Config) -> str:
@@ -114,7 +118,8 @@ def _recipe(config: Config, step: int) -> str:
     """Steps, phases, losses, discriminators and optimizer."""
     audio_h = step * config.data.batch_size * config.data.segment_samples / config.model.sample_rate / 3600
     optim, sets = config.optim, [kind.type for kind in config.discriminators.sets]
-    start = f" It started from the weights of `{config.train.init_from}`." if config.train.init_from else ""
+    source = config.train.init_from
+    start = f" It started from the weights of `{public_name(source)}`." if source else ""
     rows = []
     for index, phase in enumerate(config.phases):
         weights = to_dict(phase_config(config, index).loss_weights)

@@ -165,7 +165,8 @@ def load_into(module: torch.nn.Module, tensors: dict[str, Tensor], where: str) -
     """
     problems = misfits(tensors, {name: value.shape for name, value in module.state_dict().items()})
     if problems:
-        raise ValueError(f"{where}: does not fit the config: {problems}; use the run's own config")
+        raise ValueError(f"{where}: does not fit the config: {problems}; use the run's own config, unless an older "
+                         "version wrote it, which this one cannot read")  # fmt: skip
     module.load_state_dict(tensors)
 
 

@@ -172,6 +172,7 @@ class LossesConfig:
     mel_bins: tuple[int, ...] = (5, 10, 20, 40, 80, 160, 320)
     mel_floor: float = 1e-5  # smallest magnitude told apart; a low one spends the gradient on silence
     msspec_windows: tuple[int, ...] = (64, 128, 256, 512, 1024)
+    msspec_log_weight: Literal["sqrt", "one"] = "sqrt"  # of the log term: the root of half the window, or 1 (EnCodec)
     balancer: bool = False  # weights become shares of the gradient at the output; vq stays outside
 
 
@@ -322,8 +323,10 @@ def dump_config(config: Config) -> str:
 
 
 def model_config(raw: dict, where: str) -> ModelConfig:
-    """The `model` section alone, as a checkpoint holds it, from plain dicts."""
-    return _build(ModelConfig, raw, where, "model.")
+    """The `model` section alone, from plain dicts and checked, as the config.json of published weights holds it."""
+    model = _build(ModelConfig, raw, where, "model.")
+    validate_model(model, where)
+    return model
 
 
 def phase_config(config: Config, index: int) -> Config:
@@ -372,7 +375,8 @@ def refuse_other_model(there: ModelConfig, here: ModelConfig, where: str, config
     differences = model_differences(there, here)
     if differences:
         fitting = fitting_configs(there, configs)
-        mend = f"use the model section of {' or '.join(fitting)}" if fitting else "use the model section they came with"
+        mend = f"use the model section of {' or '.join(fitting)}" if fitting else (
+            "use the model section they came with, unless an older version wrote them")  # fmt: skip
         raise ValueError(f"{where}: holds another model ({'; '.join(differences[:3])}); {mend}")
 
 
@@ -479,18 +483,23 @@ def _variant(kinds: tuple[type, ...], value: Any, where: str, key: str) -> type:
 
 
 # Key, lowest and highest value allowed (None: no limit). Sections that a config does not have are passed over.
+MODEL_LIMITS = [  # keys under model
+    ("sample_rate", 1, None), ("latent_dim", 1, None), ("encoder.encoder_dim", 1, None),
+    ("decoder.decoder_dim", 1, None), ("quantizer.n_codebooks", 1, 1024),
+    *[(f"{body}.{key}", low, high) for body in ("encoder", "decoder") for key, low, high in [
+        ("last_kernel_size", 1, None), ("residual_kernel_size", 1, None), ("residual_compress", 1, None),
+        ("lstm_layers", 0, 16), ("latent_stride", 1, None), ("transformer.n_layers", 1, 256),
+        ("transformer.n_heads", 1, None), ("transformer.ff_dim", 1, None), ("transformer.window", 1, None),
+        ("transformer.layer_scale", 0, 1000), ("transformer.rope_theta", 1, 10**12),
+        ("n_fft", 2, None), ("dim", 1, None), ("n_blocks", 1, 256), ("expansion", 1, None), ("kernel_size", 1, None)]],
+    ("quantizer.n_semantic", 0, None), ("quantizer.bypass", 0, 1),
+    ("quantizer.codebook_size", 2, None), ("quantizer.codebook_dim", 1, None),
+    ("quantizer.decay", 0, 1), ("quantizer.dead_threshold", 0, 1), ("quantizer.dropout", 0, 1),
+    ("quantizer.kmeans_frames", 1, None),
+]  # fmt: skip
 LIMITS = [
-    ("model.sample_rate", 1, None), ("model.latent_dim", 1, None), ("model.encoder.encoder_dim", 1, None),
-    ("model.decoder.decoder_dim", 1, None), ("model.quantizer.n_codebooks", 1, None),
-    *[(f"model.{body}.{key}", low, None) for body in ("encoder", "decoder")
-      for key, low in [("last_kernel_size", 1), ("residual_kernel_size", 1), ("residual_compress", 1), ("lstm_layers", 0),
-                       ("latent_stride", 1), ("transformer.n_layers", 1), ("transformer.n_heads", 1),
-                       ("transformer.ff_dim", 1), ("transformer.window", 1), ("transformer.rope_theta", 1)]],
-    ("model.quantizer.n_semantic", 0, None), ("model.quantizer.bypass", 0, 1),
-    ("model.quantizer.codebook_size", 2, None), ("model.quantizer.codebook_dim", 1, None),
-    ("model.quantizer.decay", 0, 1), ("model.quantizer.dead_threshold", 0, 1), ("model.quantizer.dropout", 0, 1),
-    ("model.quantizer.kmeans_frames", 1, None), ("losses.mel_floor", 1e-12, None), ("optim.lr_g", 0, None),
-    ("optim.lr_d", 0, None), ("optim.weight_decay", 0, None), ("optim.gamma", 0, 1), ("optim.min_lr_ratio", 0, 1),
+    ("losses.mel_floor", 1e-12, None), ("optim.lr_g", 0, None), ("optim.lr_d", 0, None),
+    ("optim.weight_decay", 0, None), ("optim.gamma", 0, 1), ("optim.min_lr_ratio", 0, 1),
     ("optim.ema_decay", 0, 1), ("optim.warmup_steps", 0, None),
     ("optim.max_grad_norm_g", 0, None), ("optim.max_grad_norm_d", 0, None),
     ("data.segment_samples", 1, None), ("data.batch_size", 1, None), ("data.segments_per_epoch", 1, None),
@@ -505,10 +514,9 @@ WHOLE_RUN = ("betas", "weight_decay", "weight_decay_on", "ema_decay")  # keys of
 
 def _validate(config: Config, where: str) -> None:
     """Ranges, and rules that span keys."""
+    validate_model(config.model, where)
     for key, low, high in LIMITS:
-        value = functools.reduce(lambda node, part: getattr(node, part, None), key.split("."), config)
-        if value is not None and not low <= value <= (math.inf if high is None else high):
-            raise ValueError(f"{where}: {key}={value}, expected {f'{low} to {high}' if high else f'at least {low}'}")
+        _validate_range(config, key, low, high, f"{where}: ")
     for f in dataclasses.fields(LossWeights):
         if not 0 <= getattr(config.loss_weights, f.name) < math.inf:
             raise ValueError(f"{where}: loss_weights.{f.name}={getattr(config.loss_weights, f.name)}, expected at least 0")
@@ -520,26 +528,52 @@ def _validate(config: Config, where: str) -> None:
     _validate_shapes(config, where)
     for index in range(len(config.phases)):
         _validate_phase(config, index, where)
+    warmup, available = config.train.disc_warmup_steps, len(disc_warmup(config, config.total_steps))
+    if warmup and warmup >= available:
+        mend = f"that has {available} steps: expected fewer" if available else "and there is none: set it to 0"
+        raise ValueError(f"{where}: train.disc_warmup_steps={warmup} begins the first phase that weighs adv or feat, {mend}")
+
+
+def _validate_range(config: Any, key: str, low: float, high: float | None, at: str) -> None:
+    """Refuse a value outside its limits; a key that the config does not have passes."""
+    value = functools.reduce(lambda node, part: getattr(node, part, None), key.split("."), config)
+    if value is not None and not low <= value <= (math.inf if high is None else high):
+        raise ValueError(f"{at}{key}={value}, expected {f'{low} to {high}' if high else f'at least {low}'}")
+
+
+def validate_model(model: ModelConfig, where: str) -> None:
+    """Check a model section by itself: ranges, and rules that span its keys.
+
+    Args:
+        model: every value of the right type, as `model_config` gives it.
+        where: names the file in errors.
+    Raises:
+        ValueError: one line with the key, what was found, what was expected.
+    """
+    for key, low, high in MODEL_LIMITS:
+        _validate_range(model, key, low, high, f"{where}: model.")
+    for name, body in (("encoder", model.encoder), ("decoder", model.decoder)):
+        if body.type == "conv":
+            _validate_conv_body(model, name, where)
+        elif not 0 < body.hop_length <= body.n_fft or body.n_fft % 2 or not body.kernel_size % 2:
+            raise ValueError(f"{where}: model.{name} has n_fft {body.n_fft}, hop_length {body.hop_length}, kernel_size "
+                             f"{body.kernel_size}; expected an even n_fft at least hop_length, and an odd kernel_size")
+    if model.decoder.hop_length != model.encoder.hop_length:
+        raise ValueError(f"{where}: model.decoder has hop_length {model.decoder.hop_length}, model.encoder "
+                         f"{model.encoder.hop_length}; make them equal")  # fmt: skip
+    quantizer = model.quantizer
+    if quantizer.type == "ema" and quantizer.n_semantic >= quantizer.n_codebooks:
+        raise ValueError(f"{where}: model.quantizer.n_semantic={quantizer.n_semantic}, expected less than "
+                         f"n_codebooks={quantizer.n_codebooks}")  # fmt: skip
+    counts = getattr(quantizer, "dropout_counts", ())
+    if any(not 1 <= count <= quantizer.n_codebooks for count in counts):
+        raise ValueError(f"{where}: model.quantizer.dropout_counts={list(counts)}, expected numbers from 1 to "
+                         f"n_codebooks={quantizer.n_codebooks}")  # fmt: skip
 
 
 def _validate_shapes(config: Config, where: str) -> None:
-    """Strides, hops, windows and segments that have to fit each other."""
-    model, data = config.model, config.data
-    hop = model.encoder.hop_length
-    for name, body in (("encoder", model.encoder), ("decoder", model.decoder)):
-        if body.type == "conv" and (not body.strides or min(body.strides) < 2):
-            raise ValueError(f"{where}: model.{name}.strides={list(body.strides)}, expected numbers of at least 2")
-        if body.type == "spectral" and not (0 < body.hop_length <= body.n_fft and body.kernel_size % 2):
-            raise ValueError(f"{where}: model.{name} has n_fft {body.n_fft}, hop_length {body.hop_length}, kernel_size "
-                             f"{body.kernel_size}; expected n_fft at least hop_length, and an odd kernel_size")  # fmt: skip
-        if body.type == "conv":
-            _validate_conv_body(model, name, where)
-    if model.decoder.hop_length != hop:
-        raise ValueError(f"{where}: model.decoder has hop_length {model.decoder.hop_length}, model.encoder {hop}; "
-                         "make them equal")  # fmt: skip
-    if model.decoder.type == "conv" and model.decoder.decoder_dim % 2 ** len(model.decoder.strides):
-        raise ValueError(f"{where}: model.decoder.decoder_dim={model.decoder.decoder_dim} cannot be halved "
-                         f"{len(model.decoder.strides)} times; try a multiple of {2 ** len(model.decoder.strides)}")
+    """Windows and segments that have to fit each other and the hop."""
+    model, data, hop = config.model, config.data, config.model.encoder.hop_length
     for key in ("segment_samples", "val_segment_samples"):
         samples = getattr(data, key)
         if samples % hop:
@@ -547,14 +581,6 @@ def _validate_shapes(config: Config, where: str) -> None:
             strides = f" (strides {list(model.encoder.strides)})" if model.encoder.type == "conv" else ""
             raise ValueError(f"{where}: data.{key}={samples} is not a multiple of hop_length={hop}{strides}; "
                              f"try {low} or {low + hop}")  # fmt: skip
-    quantizer = model.quantizer
-    if quantizer.type == "ema" and not 0 <= quantizer.n_semantic < quantizer.n_codebooks:
-        raise ValueError(f"{where}: model.quantizer.n_semantic={quantizer.n_semantic}, expected less than "
-                         f"n_codebooks={quantizer.n_codebooks}")  # fmt: skip
-    counts = getattr(quantizer, "dropout_counts", ())
-    if any(not 1 <= count <= quantizer.n_codebooks for count in counts):
-        raise ValueError(f"{where}: model.quantizer.dropout_counts={list(counts)}, expected numbers from 1 to "
-                         f"n_codebooks={quantizer.n_codebooks}")  # fmt: skip
     if data.segments_per_epoch < data.batch_size:
         raise ValueError(f"{where}: data.segments_per_epoch={data.segments_per_epoch} is less than one batch of "
                          f"{data.batch_size}; an epoch wants hundreds of updates: try {1000 * data.batch_size}")
@@ -574,6 +600,16 @@ def _validate_shapes(config: Config, where: str) -> None:
 def _validate_conv_body(model: ModelConfig, name: str, where: str) -> None:
     """Rules of one convolutional body that span keys."""
     body, at = getattr(model, name), f"{where}: model.{name}"
+    for key, least in (("strides", 2), ("dilations", 1)):
+        numbers = getattr(body, key)
+        if any(number < least for number in numbers) or not body.strides:
+            raise ValueError(f"{at}.{key}={list(numbers)}, expected numbers of at least {least}")
+    narrowest = body.encoder_dim if name == "encoder" else body.decoder_dim // 2 ** len(body.strides)
+    if name == "decoder" and body.decoder_dim % 2 ** len(body.strides):
+        raise ValueError(f"{at}.decoder_dim={body.decoder_dim} cannot be halved {len(body.strides)} times; try a multiple of "
+                         f"{2 ** len(body.strides)}")  # fmt: skip
+    if body.residual_compress > narrowest:
+        raise ValueError(f"{at}.residual_compress={body.residual_compress}, expected at most {narrowest}, the narrowest width")
     if body.transformer and (model.latent_dim % body.transformer.n_heads or model.latent_dim // body.transformer.n_heads % 2):
         raise ValueError(f"{at}.transformer.n_heads={body.transformer.n_heads}, but latent_dim {model.latent_dim} must split "
                          "into heads of even width; choose another")  # fmt: skip

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import save_file
@@ -24,7 +25,9 @@ from codec.config import (
     ModelConfig,
     TransformerConfig,
     fitting_configs,
+    model_config,
     model_differences,
+    to_dict,
 )
 from codec.files import write_atomically
 from codec.model import state_names
@@ -35,6 +38,7 @@ from codec.pretrained import (
     fetch,
     new_folder,
     not_ours,
+    public_name,
     read_json,
     read_model,
     require_weights,
@@ -67,7 +71,8 @@ def convert(source: str, out: str | Path, to: str = "codec", which: str = "lates
     """
     folder = fetch(source)
     raw = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    about, title, training = {"source": str(source)}, Path(source).name, source_section(source)
+    name = public_name(source)
+    about, title, training = {"source": name}, name.split("/")[-1], source_section(name)
     if "model_type" in raw:
         if to == "transformers":
             raise ValueError(f"{source}: is what transformers writes already; --to codec converts it")
@@ -77,10 +82,11 @@ def convert(source: str, out: str | Path, to: str = "codec", which: str = "lates
         model, tensors = read_model(folder), inference_tensors(folder)
         if (folder / "state.json").is_file():
             about["step"], training = load_state(folder)["step"], run_section(folder)
-            title = folder.resolve().parent.parent.name
+            if folder.resolve().parent.name == "checkpoints":
+                title = folder.resolve().parent.parent.name
     problems = misfits(tensors, state_names(model))
     if problems:
-        raise ValueError(f"{folder / WEIGHTS}: does not fit its config: {problems}")
+        raise ValueError(f"{folder / WEIGHTS}: does not fit its config: {problems}; damaged, or written by an older version")
     if to == "transformers":
         write_transformers(out, model, tensors, title, training)
         return f"{out}: written for transformers"
@@ -267,7 +273,7 @@ def read_transformers(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     if family not in CONVERTIBLE:
         raise ValueError(f"{folder}: {not_ours(raw)}")
     require_weights(folder)
-    model = {"dac": dac_model, "encodec": encodec_model, "mimi": mimi_model}[family](_their_config(family, raw, folder))
+    model = model_config(to_dict(_their_model(family, raw, folder / "config.json")), f"{folder / 'config.json'}, read as ours")
     where, names = folder / WEIGHTS, state_names(model)
     theirs = {_norm_name(name): value.float() for name, value in load_tensors(where).items()}
     keys = [part for key in keys_of(family, model) for part in _gain_and_direction(key, theirs)]
@@ -300,6 +306,8 @@ def dac_model(theirs: DacConfig) -> ModelConfig:
 
 def encodec_model(theirs: EncodecConfig) -> ModelConfig:
     """Our config of an EncodecModel: mono, causal, weight-normalised, whole files; as the one for 24 kHz."""
+    if theirs.num_lstm_layers < 1:
+        raise ValueError(f"num_lstm_layers={theirs.num_lstm_layers}, expected at least 1: we have no other")
     _require(theirs, _seanet_requirements() | {
         "codebook_dim": theirs.hidden_size, "norm_type": "weight_norm", "normalize": False, "chunk_length_s": None,
     })  # fmt: skip
@@ -319,7 +327,7 @@ def mimi_model(theirs: MimiConfig) -> ModelConfig:
         "attention_bias": False, "codebook_dim": theirs.vector_quantization_hidden_dimension,
     })  # fmt: skip
     if theirs.rope_parameters["rope_type"] != "default" or theirs.latent_stride < 2 or theirs.num_semantic_quantizers < 1:
-        raise ValueError(f"mimi config.json: rope_type={theirs.rope_parameters['rope_type']}, latent_stride="
+        raise ValueError(f"rope_type={theirs.rope_parameters['rope_type']}, latent_stride="
                          f"{theirs.latent_stride}, num_semantic_quantizers={theirs.num_semantic_quantizers}, expected "
                          "default, at least 2, at least 1: we have no other")  # fmt: skip
     transformer = TransformerConfig(theirs.num_hidden_layers, theirs.num_attention_heads, theirs.intermediate_size,
@@ -339,7 +347,7 @@ def _seanet_requirements() -> dict:
 def _seanet_body(theirs: EncodecConfig | MimiConfig) -> dict:
     """What encoder and decoder share."""
     if theirs.pad_mode not in PAD_MODES:
-        raise ValueError(f"{theirs.model_type} config.json: pad_mode={theirs.pad_mode!r}, expected {' | '.join(PAD_MODES)}")
+        raise ValueError(f"pad_mode={theirs.pad_mode!r}, expected {' | '.join(PAD_MODES)}")
     return {
         "type": "conv",
         "dilations": tuple(theirs.dilation_growth_rate**i for i in range(theirs.num_residual_layers)),
@@ -369,19 +377,21 @@ def _require(theirs: EncodecConfig | MimiConfig, required: dict) -> None:
     """Refuse a variant that we do not have."""
     for name, value in required.items():
         if getattr(theirs, name) != value:
-            raise ValueError(f"{theirs.model_type} config.json: {name}={getattr(theirs, name)!r}, expected {value!r}: "
+            raise ValueError(f"{name}={getattr(theirs, name)!r}, expected {value!r}: "
                              "we have no other; configs/encodec_24khz.yaml and mimi.yaml are the forms we have")  # fmt: skip
 
 
-def _their_config(family: str, raw: dict, folder: Path) -> DacConfig | EncodecConfig | MimiConfig:
-    """Their config object, with their defaults for what the file leaves out."""
+def _their_model(family: str, raw: dict, path: Path) -> ModelConfig:
+    """Our config of what their config.json says, with their defaults for what it leaves out; its values are not checked."""
     from transformers import DacConfig, EncodecConfig, MimiConfig
 
+    kind, read = {"dac": (DacConfig, dac_model), "encodec": (EncodecConfig, encodec_model),
+                  "mimi": (MimiConfig, mimi_model)}[family]  # fmt: skip
     try:
-        return {"dac": DacConfig, "encodec": EncodecConfig, "mimi": MimiConfig}[family].from_dict(raw)
-    except (ValueError, TypeError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{folder / 'config.json'}: transformers refuses it: {reason}") from None
+        with np.errstate(all="raise"):  # their hop is NumPy's
+            return read(kind.from_dict(raw))
+    except (ArithmeticError, LookupError, AttributeError, TypeError, ValueError, StrictDataclassError) as error:
+        raise ValueError(f"{path}: no {family} that can be converted: {' '.join(str(error).split())}") from None
 
 
 def _norm_name(name: str) -> str:

@@ -179,16 +179,17 @@ class MultiScaleSpectralLoss(nn.Module):
 
     Args:
         windows: samples, one scale each; the hop is a quarter of the window.
+        log_weight: of the log term: "sqrt" for that a, "one" for a = 1 (EnCodec), a tenth of it.
 
     Source: Zeghidour et al. 2021 (SoundStream), eq. 4. Departures, as in AudioCraft: windows of unit energy,
     the mean of squares in place of a norm per frame, 1e-5 added under the logarithm, division by the sum of
     weights. A departure from both: magnitudes are plain, since 64 mel bands are mostly empty at 64 samples.
     """
 
-    def __init__(self, windows: Sequence[int] = (64, 128, 256, 512, 1024)):
+    def __init__(self, windows: Sequence[int] = (64, 128, 256, 512, 1024), log_weight: str = "sqrt"):
         super().__init__()
         self.scales = nn.ModuleList(_Magnitude(window) for window in windows)
-        self.log_weights = [(window / 2) ** 0.5 for window in windows]
+        self.log_weights = [(window / 2) ** 0.5 if log_weight == "sqrt" else 1.0 for window in windows]
 
     def forward(self, wav: Tensor, wav_hat: Tensor) -> Tensor:
         """Distance of wav_hat [B, 1, T], which receives gradient, from wav [B, 1, T]."""

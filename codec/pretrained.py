@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -39,17 +39,33 @@ def fetch(path_or_hub_id: str | Path) -> Path:
     """The local folder itself, or the folder a hub id was downloaded to.
 
     Raises:
-        ValueError: no such folder, and the hub does not give it either; one line.
+        ValueError: no such folder, and the hub does not give it either, or no safetensors; one line.
     """
     path, hub_id = Path(path_or_hub_id), str(path_or_hub_id)
     if path.exists() or not HUB_ID.fullmatch(hub_id):
         return path
+    owner = Path(hub_id).parts[0]
+    if Path(owner).exists():
+        raise ValueError(f"{hub_id}: no such folder in {owner}, which is here, so the hub was not asked; check the name")
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=list(HUB_FILES)))
+        folder = Path(snapshot_download(hub_id, allow_patterns=list(HUB_FILES)))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"{hub_id}: no such folder here, and the hub did not give it ({reason}); check the name and the "
                          "network, log in by `hf auth login` if it is gated, or name a local folder") from None  # fmt: skip
+    if not any((folder / name).is_file() for name in (WEIGHTS, WEIGHTS + ".index.json")):
+        held = "only pickled weights?"
+        with contextlib.suppress(Exception):  # the list only makes the error clearer
+            held = "it holds " + ", ".join(HfApi().list_repo_files(hub_id)[:12])
+        raise ValueError(f"{hub_id}: no {WEIGHTS} in that repository ({held}); name one that has it")
+    return folder
+
+
+def public_name(source: str | Path) -> str:
+    """A source as it may be published: a hub id whole, of a local path the last part only."""
+    if HUB_ID.fullmatch(str(source)) and not Path(source).exists():
+        return str(source)
+    return Path(source).resolve().name
 
 
 def resolve(path_or_hub_id: str | Path, which: str = "latest") -> Path:
@@ -63,6 +79,9 @@ def resolve(path_or_hub_id: str | Path, which: str = "latest") -> Path:
     """
     folder = fetch(path_or_hub_id)
     if not (folder / "config.json").is_file():
+        if (folder / WEIGHTS).is_file() and not (folder / "config.yaml").is_file():
+            raise ValueError(f"{folder}: holds {WEIGHTS} but lacks the config.json, transformers' or ours, that belongs to it "
+                             "(or, of a checkpoint, config.yaml); copy it there")  # fmt: skip
         return find_checkpoint(folder, which)
     raw = read_json(folder / "config.json")
     if raw.get("format") == FORMAT:
@@ -88,13 +107,13 @@ def read_model(folder: Path) -> ModelConfig:
 
 
 def write_pretrained(path: str | Path, model: ModelConfig, tensors: dict[str, Tensor], card: str, about: dict) -> None:
-    """Write a pretrained folder whole; one that is there already is replaced.
+    """Write a pretrained folder whole.
 
     Args:
         tensors: by the names of Codec(model).state_dict(), weight norm in place.
         about: what else config.json tells: "source", "step".
     Raises:
-        ValueError: path is something else than a pretrained folder or an empty one.
+        ValueError: path exists and is not an empty folder.
     """
     config = {"format": FORMAT, "version": VERSION, **about, "model": to_dict(model)}
     with new_folder(path) as folder:
@@ -105,19 +124,16 @@ def write_pretrained(path: str | Path, model: ModelConfig, tensors: dict[str, Te
 
 @contextlib.contextmanager
 def new_folder(path: str | Path) -> Iterator[Path]:
-    """A folder to write into, renamed to `path` when all went well and removed when not."""
+    """A folder to write into, renamed to `path` when all went well and removed when not. It replaces nothing."""
     path = Path(path)
-    if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or _is_pretrained(path))):
-        raise ValueError(f"{path}: exists and is no pretrained folder of ours; name another, or remove it first")
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise ValueError(f"{path}: exists and is not empty; name another, or remove it first")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary, old = (path.with_name(f".{path.name}.{os.getpid()}.{what}") for what in ("tmp", "old"))
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.mkdir()
     try:
         yield temporary
-        if path.exists():
-            os.rename(path, old)
         os.rename(temporary, path)
-        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -176,8 +192,3 @@ def without_weight_norm(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         g, v = tensors.pop(stem + NORM + "0"), tensors.pop(stem + NORM + "1")
         tensors[stem + ".weight"] = torch._weight_norm(v, g, 0)
     return tensors
-
-
-def _is_pretrained(folder: Path) -> bool:
-    """Whether a folder is one that write_pretrained made."""
-    return (folder / "config.json").is_file() and read_json(folder / "config.json").get("format") == FORMAT

@@ -50,6 +50,15 @@ def test_every_shipped_config_is_valid_builds_and_survives_a_round_trip(path):
         ("losses.mel_windows=[128, 4096]", "but a segment has 2000 samples"),
         ("model.encoder={type: spectral, n_fft: 10, hop_length: 20, dim: 8, n_blocks: 1}", "n_fft at least hop_length"),
         ("phases=[]", "phases is empty"),
+        ("model.encoder={type: spectral, n_fft: 41, hop_length: 20, dim: 8, n_blocks: 1}", "an even n_fft"),
+        ("model.encoder={type: spectral, n_fft: 40, hop_length: 20, dim: 8, n_blocks: 0}", "model.encoder.n_blocks=0"),
+        ("model.encoder.dilations=[1, 0]", "model.encoder.dilations=[1, 0], expected numbers of at least 1"),
+        ("model.encoder.residual_compress=5", "model.encoder.residual_compress=5, expected at most 4, the narrowest width"),
+        ("model.decoder.residual_compress=5", "model.decoder.residual_compress=5, expected at most 4, the narrowest width"),
+        ("model.encoder.lstm_layers=999999999", "model.encoder.lstm_layers=999999999, expected 0 to 16"),
+        ("model.encoder.transformer={n_layers: 1, n_heads: 2, ff_dim: 8, window: 4, layer_scale: .inf}", "layer_scale=inf"),
+        ("model.encoder.transformer={n_layers: 1, n_heads: 2, ff_dim: 8, window: 4, rope_theta: .inf}", "rope_theta=inf"),
+        ("model.encoder.transformer={n_layers: 999, n_heads: 2, ff_dim: 8, window: 4}", "n_layers=999, expected 1 to 256"),
     ],
 )
 def test_a_bad_value_is_one_line_that_names_the_key_and_the_mend(override, said):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from codec.checkpoint import save_checkpoint
 from codec.cli import main
 from codec.config import parse_config
-from codec.convert import bandwidth_kbps
+from codec.convert import bandwidth_kbps, dac_model, their_config
 from codec.model import Codec
 from codec.pretrained import WEIGHTS
 
@@ -308,14 +308,48 @@ def test_a_spectral_body_has_no_counterpart(tmp_path, capsys):
     ("mimi", {"num_key_value_heads": 1}, "num_key_value_heads=1, expected 2"),
     ("mimi", {"upsample_groups": 1}, "upsample_groups=1, expected 16"),
     ("mimi", {"trim_right_ratio": 0.5}, "trim_right_ratio=0.5, expected 1.0"),
-    ("mimi", {"num_quantizers": "many"}, "transformers refuses it"),
+    ("mimi", {"num_quantizers": "many"}, "num_quantizers"),
+    ("encodec", {"num_lstm_layers": 0}, "num_lstm_layers=0, expected at least 1"),
+    ("encodec", {"target_bandwidths": []}, "no encodec that can be converted"),
+    ("encodec", {"sampling_rate": 0}, "no encodec that can be converted"),
+    ("encodec", {"sampling_rate": -1}, "no encodec that can be converted"),
+    ("encodec", {"upsampling_ratios": []}, "model.quantizer.n_codebooks=0, expected"),  # 1 sample a frame
+    ("encodec", {"upsampling_ratios": [0]}, "no encodec that can be converted"),
+    ("encodec", {"num_filters": -4}, "model.encoder.encoder_dim=-4, expected at least 1"),
+    ("encodec", {"compress": 0}, "model.encoder.residual_compress=0, expected at least 1"),
+    ("encodec", {"compress": 5}, "model.encoder.residual_compress=5, expected at most 4"),
+    ("encodec", {"dilation_growth_rate": 0}, "model.encoder.dilations=[1, 0], expected numbers of at least 1"),
+    ("encodec", {"num_lstm_layers": 10**9}, "model.encoder.lstm_layers=1000000000, expected 0 to 16"),
+    ("mimi", {"sampling_rate": 0}, "no mimi that can be converted"),
+    ("mimi", {"upsampling_ratios": [0]}, "no mimi that can be converted"),
+    ("mimi", {"num_attention_heads": 0, "num_key_value_heads": 0}, "no mimi that can be converted"),
+    ("mimi", {"num_attention_heads": 0, "head_dim": None}, "no mimi that can be converted"),
+    ("mimi", {"sliding_window": 0}, "model.encoder.transformer.window=0, expected at least 1"),
+    ("mimi", {"last_kernel_size": -3}, "model.encoder.last_kernel_size=-3, expected at least 1"),
+    ("mimi", {"codebook_dim": -8, "vector_quantization_hidden_dimension": -8}, "model.quantizer.codebook_dim=-8, expected"),
+    ("dac", {"sampling_rate": 0}, "model.sample_rate=0, expected at least 1"),
+    ("dac", {"hidden_size": None}, "model.latent_dim=None, expected int"),
+    ("dac", {"encoder_hidden_size": -4}, "model.encoder.encoder_dim=-4, expected at least 1"),
+    ("dac", {"codebook_dim": -4}, "model.quantizer.codebook_dim=-4, expected at least 1"),
+    ("dac", {"quantizer_dropout": 1.5}, "model.quantizer.dropout=1.5, expected 0 to 1"),
+    ("dac", {"downsampling_ratios": []}, "model.encoder.strides=[], expected"),
+    ("dac", {"downsampling_ratios": [0]}, "model.encoder.strides=[0], expected"),
 ])  # fmt: skip
 def test_a_variant_we_do_not_have_is_one_line_naming_key_and_value(saved, tmp_path, capsys, family, change, named):
     folder = copied(saved[family] / "theirs", tmp_path / "theirs")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | change))
-    assert named in error_of(capsys, "convert", "--from", folder, tmp_path / "ours")
+    error = error_of(capsys, "convert", "--from", folder, tmp_path / "ours")
+    assert named in error and str(folder / "config.json") in error
     assert not (tmp_path / "ours").exists()
+
+
+def test_codebooks_of_no_power_of_2_entries_are_refused_as_transformers_refuses_them():
+    theirs = DacConfig(encoder_hidden_size=4, downsampling_ratios=[2, 4], decoder_hidden_size=16, codebook_size=21)
+    with pytest.raises(ValueError, match="power of 2"):
+        DacModel(theirs)
+    with pytest.raises(ValueError, match="power of 2"):
+        their_config("dac", dac_model(theirs), "small")
 
 
 def test_missing_extra_and_misshapen_tensors_are_named(saved, family, tmp_path, capsys):
@@ -368,7 +402,7 @@ def test_an_output_that_exists_is_kept(saved, family, tmp_path, capsys):
     (tmp_path / "out/diary.txt").write_text("dear diary")
     for to in ("codec", "transformers"):
         error = error_of(capsys, "convert", "--from", saved[family] / "ours", "--to", to, tmp_path / "out")
-        assert "exists and is no pretrained folder of ours" in error
+        assert "exists and is not empty" in error
     assert os.listdir(tmp_path) == ["out"] and os.listdir(tmp_path / "out") == ["diary.txt"]
     assert "--to codec" in error_of(
         capsys, "convert", "--from", saved[family] / "theirs", "--to", "transformers", tmp_path / "new"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import shutil
 import signal
 from pathlib import Path
 
@@ -58,6 +59,13 @@ def at_step(run_dir: Path, step: int, name: str = "*") -> dict[str, torch.Tensor
 def differing(a: dict, b: dict) -> list[str]:
     assert a.keys() == b.keys()
     return [name for name in a if not torch.equal(a[name], b[name])]
+
+
+def stopped_at(run_dir: Path, step: int, copy_dir: Path) -> None:
+    shutil.copytree(run_dir, copy_dir)
+    for folder in (copy_dir / "checkpoints").glob("step_*"):
+        if int(folder.name[5:]) > step:
+            shutil.rmtree(folder)
 
 
 def copy(module: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -176,6 +184,18 @@ def test_warm_up_without_weights_to_start_from_is_refused():
         tiny_config(["train.disc_warmup_steps=3"])
 
 
+@pytest.mark.parametrize("values, said", [
+    (["train.disc_warmup_steps=5"], "that has 5 steps: expected fewer"),
+    (["train.disc_warmup_steps=3", "phases.1.steps=0"], "and there is none: set it to 0"),
+    (["train.disc_warmup_steps=3", "loss_weights={mel: 1.0}", "discriminators.sets=[]"], "and there is none: set it to 0"),
+])  # fmt: skip
+def test_a_warm_up_that_leaves_no_adversarial_update_is_refused(values, said):
+    assert tiny_config(["train.init_from=x", "train.disc_warmup_steps=4"]).train.disc_warmup_steps == 4
+    with pytest.raises(ValueError, match=said) as error:
+        tiny_config(["train.init_from=x", *values])
+    assert "train.disc_warmup_steps=" in str(error.value) and "\n" not in str(error.value)
+
+
 def test_a_warm_up_update_changes_the_discriminators_and_nothing_else():
     config = phase_config(tiny_config(["optim.ema_decay=0.9"]), 1)
     t = build(config, CPU)
@@ -214,15 +234,27 @@ def test_a_run_stopped_in_the_warm_up_resumes_to_the_same_bits(manifest, source,
               OTHER_DISCRIMINATORS]  # fmt: skip
     config = settings(manifest, "phases.1.steps=5", *values)
     train(config, tmp_path / "whole", False, CPU)
-    train(settings(manifest, "phases.1.steps=2", *values), tmp_path / "stopped", False, CPU)
+    stopped_at(tmp_path / "whole", 3, tmp_path / "stopped")
     assert load_state(find_checkpoint(tmp_path / "stopped"))["disc_warmup_steps"] == 3
     train(config, tmp_path / "stopped", True, CPU)
     assert differing(at_step(tmp_path / "whole", 6), at_step(tmp_path / "stopped", 6)) == []
 
 
+def test_a_resumed_run_takes_the_shorter_warm_up_of_its_own_and_the_config(manifest, source, tmp_path, capsys):
+    values = [f"train.init_from={source}", "phases.0.steps=1", "phases.1.steps=6", OTHER_DISCRIMINATORS]
+    train(settings(manifest, "train.disc_warmup_steps=4", *values), tmp_path / "whole", False, CPU)  # of steps 2 to 5
+    for n_steps, warming in ((1, []), (3, [4]), (5, [4, 5])):
+        run_dir = tmp_path / str(n_steps)
+        stopped_at(tmp_path / "whole", 3, run_dir)
+        train(settings(manifest, f"train.disc_warmup_steps={n_steps}", *values), run_dir, True, CPU)
+        lines = [line for line in read_metrics(run_dir) if line["step"] > 3 and "train/snr_db_step" in line]
+        assert [line["step"] for line in lines if "train/loss_g_step" not in line] == warming
+    assert "note: resumed with other values" not in capsys.readouterr().err
+
+
 def test_discriminators_that_came_along_do_not_warm_up_nor_do_those_of_a_resumed_run(manifest, source, tmp_path):
     values = [f"train.init_from={source}", "train.disc_warmup_steps=2", "phases.0.steps=0"]
-    train(settings(manifest, "phases.1.steps=2", *values), tmp_path / "run", False, CPU)
-    train(settings(manifest, "phases.1.steps=3", *values), tmp_path / "run", True, CPU)
+    train(settings(manifest, "phases.1.steps=3", *values), tmp_path / "run", False, CPU)
+    train(settings(manifest, "phases.1.steps=4", *values), tmp_path / "run", True, CPU)
     losses = [line["train/loss_g_step"] for line in read_metrics(tmp_path / "run") if "train/snr_db_step" in line]
-    assert len(losses) == 3 and all(map(math.isfinite, losses))
+    assert len(losses) == 4 and all(map(math.isfinite, losses))

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from codec.checkpoint import inference_tensors, load_into, save_checkpoint
 from codec.cli import main
 from codec.model import Codec
-from codec.pretrained import NORM, WEIGHTS, fetch, read_model, resolve, with_weight_norm, without_weight_norm
+from codec.pretrained import NORM, WEIGHTS, fetch, public_name, read_model, resolve, with_weight_norm, without_weight_norm
 from codec.runlog import RunLog
 
 
@@ -69,25 +69,24 @@ def test_splitting_a_weight_and_folding_it_again_changes_no_bit():
     assert not torch.equal(without_weight_norm(wrong)["a.weight"], w)
 
 
-def test_saving_replaces_a_pretrained_folder_and_nothing_else(codec, tmp_path):
+def test_saving_replaces_nothing(codec, tmp_path):
     (tmp_path / "empty").mkdir()
-    codec.save_pretrained(tmp_path / "empty")
-    codec.save_pretrained(tmp_path / "empty", card="second")
-    assert (tmp_path / "empty/README.md").read_text() == "second"
+    codec.save_pretrained(tmp_path / "empty", card="first")
     (tmp_path / "other").mkdir()
     (tmp_path / "other/diary.txt").write_text("x")
     (tmp_path / "file").write_text("x")
-    for name in ("other", "file"):
-        assert "exists and is no pretrained folder of ours" in error_of(codec.save_pretrained, tmp_path / name)
+    for name in ("empty", "other", "file"):
+        assert "exists and is not empty" in error_of(codec.save_pretrained, tmp_path / name)
     assert sorted(os.listdir(tmp_path)) == ["empty", "file", "other"]
+    assert (tmp_path / "empty/README.md").read_text() == "first"
 
 
-def test_an_error_while_writing_leaves_the_old_folder(codec, tmp_path, monkeypatch):
-    codec.save_pretrained(tmp_path / "a", card="first")
+def test_an_error_while_writing_leaves_the_empty_folder(codec, tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
     monkeypatch.setattr("codec.pretrained.write_atomically", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        codec.save_pretrained(tmp_path / "a", card="second")
-    assert os.listdir(tmp_path) == ["a"] and (tmp_path / "a/README.md").read_text() == "first"
+        codec.save_pretrained(tmp_path / "a")
+    assert os.listdir(tmp_path) == ["a"] and not os.listdir(tmp_path / "a")
 
 
 def test_runs_checkpoints_and_pretrained_folders_resolve_to_their_weights(codec, wav, tmp_path):
@@ -108,7 +107,7 @@ def test_a_run_is_converted_with_its_averages_step_and_source(codec, wav, tmp_pa
             p.copy_(averages[name])
     assert same_output(Codec.from_pretrained(tmp_path / "out"), codec.eval(), wav)
     about = json.loads((tmp_path / "out/config.json").read_text())
-    assert about["format"] == "codec" and about["step"] == 40 and about["source"] == str(tmp_path / "run")
+    assert about["format"] == "codec" and about["step"] == 40 and about["source"] == "run"
     assert main(["info", str(tmp_path / "out")]) == 0
     assert "40" in capsys.readouterr().out
 
@@ -134,6 +133,36 @@ def test_a_folder_that_lies_about_itself_is_one_line(codec, tmp_path):
     assert "truncated" in error_of(Codec.from_pretrained, tmp_path / "a")
     weights.unlink()
     assert "holds no model.safetensors" in error_of(Codec.from_pretrained, tmp_path / "a")
+
+
+@pytest.mark.parametrize("change, said", [
+    ({"latent_dim": 0}, "model.latent_dim=0, expected at least 1"),
+    ({"latent_dim": -4}, "model.latent_dim=-4, expected at least 1"),
+    ({"sample_rate": 0}, "model.sample_rate=0, expected at least 1"),
+    ({"encoder.encoder_dim": 0}, "model.encoder.encoder_dim=0, expected at least 1"),
+    ({"encoder.strides": []}, "model.encoder.strides=[], expected numbers of at least 2"),
+    ({"encoder.residual_compress": 0}, "model.encoder.residual_compress=0, expected at least 1"),
+    ({"decoder.decoder_dim": 3}, "model.decoder.decoder_dim=3 cannot be halved 2 times"),
+    ({"quantizer.n_semantic": 9}, "model.quantizer.n_semantic=9, expected less than n_codebooks=3"),
+    ({"quantizer.n_codebooks": 10**9}, "model.quantizer.n_codebooks=1000000000, expected 1 to 1024"),
+])  # fmt: skip
+def test_a_config_json_of_no_possible_model_is_one_line_naming_the_key(codec, tmp_path, capsys, change, said):
+    codec.save_pretrained(tmp_path / "a")
+    path = tmp_path / "a/config.json"
+    config = json.loads(path.read_text())
+    for key, value in change.items():
+        *section, name = key.split(".")
+        (config["model"][section[0]] if section else config["model"])[name] = value
+    path.write_text(json.dumps(config))
+    assert main(["info", str(tmp_path / "a")]) == 2
+    captured = capsys.readouterr()
+    assert said in captured.err and str(path) in captured.err and captured.err.count("\n") == 1 and not captured.out
+
+
+def test_weights_without_their_config_are_told_so(codec, tmp_path):
+    codec.save_pretrained(tmp_path / "a")
+    (tmp_path / "a/config.json").unlink()
+    assert "lacks the config.json, transformers' or ours" in error_of(resolve, tmp_path / "a")
 
 
 # ------------------------------------------------------------------------- the hub
@@ -165,6 +194,34 @@ def test_a_hub_id_is_downloaded_without_pickles_unless_a_folder_has_its_name(cod
     assert hub_id == "owner/name" and WEIGHTS in patterns and not any(pattern.endswith((".bin", "*")) for pattern in patterns)
     codec.save_pretrained("owner/name")
     assert fetch("owner/name").is_dir() and len(asked) == 1
+
+
+@pytest.mark.parametrize("files, said", [
+    (["config.json", "pytorch_model.bin"], "(it holds config.json, pytorch_model.bin)"), (OSError(), "(only pickled weights?)"),
+])  # fmt: skip
+def test_a_hub_repository_of_pickles_is_told_so(tmp_path, monkeypatch, files, said):
+    def list_repo_files(self, hub_id):
+        if isinstance(files, list):
+            return files
+        raise files
+
+    monkeypatch.setattr("codec.pretrained.snapshot_download", lambda *_, **__: str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", list_repo_files)
+    assert error_of(fetch, "owner/name").startswith(f"owner/name: no model.safetensors in that repository {said}")
+
+
+def test_a_mistyped_folder_is_not_asked_for_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setattr("codec.pretrained.snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    assert error_of(resolve, "runs/typo").startswith("runs/typo: no such folder in runs")
+
+
+def test_only_a_hub_id_is_published_whole(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/a").mkdir(parents=True)
+    names = {"owner/name": "owner/name", "runs/a": "a", str(tmp_path / "runs/gone"): "gone", ".": tmp_path.name}
+    assert {name: public_name(name) for name in names} == names
 
 
 @pytest.mark.parametrize("name", ["absent", "a/b/c", "/abs/olute", "./a/b", "../b", "a/", "", "runs//a"])
@@ -219,4 +276,15 @@ def test_a_converted_folder_names_its_source_and_claims_no_training(codec, tmp_p
     codec.save_pretrained(tmp_path / "a")
     assert main(["convert", "--from", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
     card = (tmp_path / "b/README.md").read_text()
-    assert f"Converted from `{tmp_path / 'a'}`; no training run here" in card and "## Recipe" not in card
+    assert "Converted from `a`; no training run here" in card and "## Recipe" not in card
+    assert str(tmp_path) not in card + (tmp_path / "b/config.json").read_text()
+
+
+def test_a_checkpoint_moved_out_of_its_run_takes_no_name_or_metrics_from_where_it_lies(codec, tmp_path):
+    text = TINY.replace("train: {", f"train: {{init_from: {tmp_path / 'elsewhere'}, ")
+    checkpoint = save_run(tmp_path / "run", codec, text)
+    checkpoint.rename(tmp_path / "moved")
+    assert main(["convert", "--from", str(tmp_path / "moved"), str(tmp_path / "out")]) == 0
+    card = (tmp_path / "out/README.md").read_text()
+    assert "# moved" in card and "The log of the run was out of reach" in card and tmp_path.parent.name not in card
+    assert "It started from the weights of `elsewhere`." in card
