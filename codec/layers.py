@@ -20,7 +20,8 @@ class _SnakeFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, alpha: Tensor) -> Tensor:
         a = alpha.float() + 1e-9
-        y = torch.addcmul(x.float(), (x * a).sin_().square_(), 1 / a).to(x.dtype)
+        increment = (x * a).sin_().square_()
+        y = torch.addcmul(x.float(), increment, 1 / a, out=increment).to(x.dtype)  # fresh memory costs more than the sum
         ctx.save_for_backward(x, alpha, y)
         return y
 
@@ -65,21 +66,65 @@ class Snake(nn.Module):
 WIDE = 2**19  # inputs x outputs from which a convolution counts as wide
 
 
+def conv1d_product(x: Tensor, conv: nn.Conv1d, padding: int) -> Tensor:
+    """`conv`, with that padding, as one matrix product."""
+    span = (conv.kernel_size[0] - 1) * conv.dilation[0] + 1
+    frames = F.pad(x, (padding, padding)).unfold(-1, span, conv.stride[0])[..., :: conv.dilation[0]]
+    columns = frames.transpose(1, 2).flatten(2)  # [B, T', C * k]
+    return F.linear(columns, conv.weight.flatten(1), conv.bias).transpose(1, 2)
+
+
+def conv_transpose1d_product(x: Tensor, conv: nn.ConvTranspose1d) -> Tensor:
+    """`conv` as one matrix product and overlap-add."""
+    kernel, stride, padding = conv.kernel_size[0], conv.stride[0], conv.padding[0]
+    n_samples = (x.shape[-1] - 1) * stride + kernel - 2 * padding + conv.output_padding[0]
+    columns = F.linear(x.transpose(1, 2), conv.weight.flatten(1).t()).transpose(1, 2)  # [B, C * k, T']
+    y = F.fold(columns, (1, n_samples), (1, kernel), padding=(0, padding), stride=(1, stride))
+    return y.squeeze(2) + conv.bias[:, None]
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """[B, C, T] of the same values with channels beside each other in memory; no copy where they are already."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def conv1d_inference(x: Tensor, conv: nn.Conv1d, padding: int) -> Tensor:
+    """`conv`, with that padding, on the CPU: 1.5 x as fast where channels are last in memory, in x and in the result.
+
+    Where there are more weights than activations, laying them out so would cost more than the product does.
+    """
+    if conv.in_channels == 1 or x.shape[-1] < conv.stride[0] * conv.out_channels:
+        return conv1d_product(x, conv, padding)
+    x, weight = channels_last(x)[:, :, None], channels_last(conv.weight)[:, :, None]  # the library asks for images
+    return F.conv2d(x, weight, conv.bias, (1, *conv.stride), (0, padding), (1, *conv.dilation)).squeeze(2)
+
+
+def conv_transpose1d_inference(x: Tensor, conv: nn.ConvTranspose1d) -> Tensor:
+    """`conv`, kernel 2 x stride, likewise: a convolution over pairs of frames that gives `stride` x O channels a frame.
+
+    With channels last, those are the frame's `stride` samples one after the other.
+    """
+    stride, padding = conv.stride[0], conv.padding[0]
+    if x.shape[-1] < conv.out_channels:
+        return conv_transpose1d_product(x, conv)
+    halves = conv.weight.unflatten(2, (2, stride)).flip(2)  # [C, O, 2, s]; the second half is for the frame before
+    weight, bias = channels_last(halves.permute(3, 1, 0, 2).flatten(0, 1)), conv.bias.repeat(stride)
+    y = F.conv2d(channels_last(x)[:, :, None], weight[:, :, None], bias, padding=(0, 1)).squeeze(2)
+    y = y.transpose(1, 2).unflatten(2, (stride, -1)).flatten(1, 2).transpose(1, 2)  # [B, O, (T + 1) * s]
+    return y[..., padding : y.shape[-1] - padding + conv.output_padding[0]]
+
+
 class WideConv1d(nn.Conv1d):
     """Conv1d that is one matrix product in training on the CPU.
 
     Deep layers have millions of weights and few frames. The CPU library lays the weights out anew at every call,
-    which costs more than the copies made here. At inference sequences are long and the plain convolution is as fast.
+    which costs more than the copies made here.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type != "cpu" or not self.training or self.groups > 1:
             return super().forward(x)
-        padding, dilation = self.padding[0], self.dilation[0]
-        span = (self.kernel_size[0] - 1) * dilation + 1
-        frames = F.pad(x, (padding, padding)).unfold(-1, span, self.stride[0])[..., ::dilation]
-        columns = frames.transpose(1, 2).flatten(2)  # [B, T', C * k]
-        return F.linear(columns, self.weight.flatten(1), self.bias).transpose(1, 2)
+        return conv1d_product(x, self, self.padding[0])
 
 
 class WideConvTranspose1d(nn.ConvTranspose1d):
@@ -88,11 +133,7 @@ class WideConvTranspose1d(nn.ConvTranspose1d):
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type != "cpu" or not self.training:
             return super().forward(x)
-        kernel, stride, padding = self.kernel_size[0], self.stride[0], self.padding[0]
-        n_samples = (x.shape[-1] - 1) * stride + kernel - 2 * padding + self.output_padding[0]
-        columns = F.linear(x.transpose(1, 2), self.weight.flatten(1).t()).transpose(1, 2)  # [B, C * k, T']
-        y = F.fold(columns, (1, n_samples), (1, kernel), padding=(0, padding), stride=(1, stride))
-        return y.squeeze(2) + self.bias[:, None]
+        return conv_transpose1d_product(x, self)
 
 
 def conv1d_kind(inputs_times_outputs: int) -> type[nn.Conv1d]:
@@ -130,7 +171,21 @@ class PaddedConv1d(nn.Module):
         self.conv = weight_norm(conv) if normalize else conv
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self.training and x.device.type == "cpu":
+            return self._inference(x) if self.causal else conv1d_inference(x, self.conv, self.conv.padding[0])
         return self.conv(_pad(x, self.left, -x.shape[-1] % self.stride, self.pad_mode) if self.causal else x)
+
+    def _inference(self, x: Tensor) -> Tensor:
+        """The same; only the few frames that see padding are computed from a padded copy."""
+        right = -x.shape[-1] % self.stride
+        if right or x.shape[-1] <= 4 * self.left:
+            return conv1d_inference(_pad(x, self.left, right, self.pad_mode), self.conv, 0)
+        y = conv1d_inference(x, self.conv, self.left)[..., : x.shape[-1] // self.stride]  # zeros on both sides
+        if self.left and self.pad_mode != "zeros":
+            n_frames = math.ceil(self.left / self.stride)
+            start = _pad(x[..., : n_frames * self.stride + self.left], self.left, 0, self.pad_mode)
+            y[..., :n_frames] = conv1d_inference(start, self.conv, 0)[..., :n_frames]
+        return y
 
 
 class PaddedConvTranspose1d(nn.Module):
@@ -149,7 +204,8 @@ class PaddedConvTranspose1d(nn.Module):
         self.conv = weight_norm(conv) if normalize else conv
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv(x)
+        inference = not self.training and x.device.type == "cpu" and self.conv.groups == 1
+        x = conv_transpose1d_inference(x, self.conv) if inference else self.conv(x)
         return x[..., : -self.trim] if self.trim else x
 
 
@@ -174,7 +230,8 @@ class ResidualUnit(nn.Module):
         self.shortcut = PaddedConv1d(channels, channels, 1, **same) if config.residual_conv_shortcut else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.shortcut(x) + self.block(x)
+        side, y = self.shortcut(x), self.block(x)
+        return side + y if self.training else y.add_(side)
 
 
 class ResidualLSTM(nn.Module):
@@ -213,16 +270,17 @@ def windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     n_frames = q.shape[-2]
     if n_frames <= window:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    # blocks of `window` queries; each sees its own block of keys and the one before
+    # blocks of `window` queries, in the batch; each sees its own block of keys and the one before
     n_blocks = math.ceil(n_frames / window)
     fill = n_blocks * window - n_frames
-    q = F.pad(q, (0, 0, 0, fill)).unflatten(2, (n_blocks, window))
-    k, v = (F.pad(x, (0, 0, window, fill)).unfold(2, 2 * window, window).transpose(-1, -2) for x in (k, v))
+    q = F.pad(q, (0, 0, 0, fill)).unflatten(2, (n_blocks, window)).transpose(1, 2).flatten(0, 1)
+    k, v = (F.pad(x, (0, 0, window, fill)).unfold(2, 2 * window, window).permute(0, 2, 1, 4, 3).flatten(0, 1) for x in (k, v))
     query, key = torch.arange(window, device=q.device)[:, None] + window, torch.arange(2 * window, device=q.device)
     seen = ((key <= query) & (key > query - window)).repeat(n_blocks, 1, 1)
     seen[0, :, :window] = False  # nothing lies before the first block
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
-    return out.flatten(2, 3)[:, :, :n_frames]
+    seen = seen.repeat(len(q) // n_blocks, 1, 1)[:, None]
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen).unflatten(0, (-1, n_blocks))
+    return out.transpose(1, 2).flatten(2, 3)[:, :, :n_frames]
 
 
 class TransformerLayer(nn.Module):

@@ -82,10 +82,10 @@ class Codec(nn.Module):
         """Write a folder that `from_pretrained` reads here or, once uploaded, from the hub; training can go on from it.
 
         Args:
-            path: a new folder; a pretrained one that is there already is replaced.
+            path: a new folder, or an empty one.
             card: README.md of the folder; default: what the model is and how to use it, the rest left to fill in.
         Raises:
-            ValueError: path holds something else.
+            ValueError: path holds something.
         """
         tensors = with_weight_norm(self.state_dict(), state_names(self.config))
         write_pretrained(path, self.config, tensors, card or model_card(self.config, n_weights(tensors)), {})
@@ -105,7 +105,7 @@ class Codec(nn.Module):
 
     def encode(self, wav: Tensor, n_codebooks: int | None = None) -> Tensor:
         """wav [B, 1, T], all items of the same length, to codes [B, N, ceil(T / hop_length)]."""
-        return self.quantizer(self.encoder(self._pad(wav)).float(), n_codebooks).codes
+        return self.quantizer.encode(self.encoder(self._pad(wav)).float(), n_codebooks)
 
     def decode(self, codes: Tensor, n_samples: int | None = None) -> Tensor:
         """codes [B, n, T'] to wav_hat [B, 1, T' x hop_length], trimmed to n_samples where given."""
@@ -114,14 +114,15 @@ class Codec(nn.Module):
     def encode_long(self, wav: Tensor, n_codebooks: int | None = None, chunk_frames: int = 1000) -> Tensor:
         """`encode` in chunks with as much context as a frame can see, so the codes are the same.
 
-        Memory is bounded; where an LSTM or a transformer sees the whole past, only its frames are held whole.
+        Memory does not grow with the length, but for the frames that an LSTM or a transformer takes: those are held whole.
         """
         wav, hop, reach = self._pad(wav), self.hop_length, self.encoder.reach_samples
         if not len(self.encoder.tail):
             return in_chunks(lambda x: self.encode(x, n_codebooks), wav, hop, 1, chunk_frames, math.ceil(reach / hop) + 1)
         hop //= self.config.encoder.latent_stride
         frames = in_chunks(self.encoder.local, wav, hop, 1, chunk_frames, math.ceil(reach / hop) + 1)
-        return self.quantizer(self.encoder.tail(frames).float(), n_codebooks).codes
+        z = self.encoder.tail(frames).float()
+        return in_chunks(lambda x: self.quantizer.encode(x, n_codebooks), z, 1, 1, chunk_frames, 0)
 
     def decode_long(self, codes: Tensor, n_samples: int | None = None, chunk_frames: int = 1000) -> Tensor:
         """`decode` in chunks, likewise."""

@@ -18,10 +18,11 @@ REVIVALS_PER_STEP = 128  # dead codes replaced in one update, per codebook
 class QuantizerOutput(NamedTuple):
     z_q: Tensor  # [B, D, T'], straight-through
     codes: Tensor  # [B, N, T'], int64
-    commit: Tensor  # scalar, averaged over B, T', width and N; gradient to the encoder
+    commit: Tensor  # scalar, averaged over B, T', width and codebooks (EMA: those in use); gradient to the encoder
     codebook: Tensor  # scalar, averaged likewise; gradient to learnt codebooks, none to EMA ones
     residuals: Tensor | None  # [N, B, T', codebook_dim], detached: what each codebook was asked to code (EMA)
     active: Tensor  # [B, N], 1 where the item uses the codebook (quantizer dropout)
+    distances: Tensor | None  # [B, N], mean squared distance to the code, gradient to the encoder (EMA)
 
 
 def nearest(x: Tensor, codebook: Tensor) -> Tensor:
@@ -38,6 +39,11 @@ def nearest(x: Tensor, codebook: Tensor) -> Tensor:
     return distance.argmin(1).view(x.shape[:-1])
 
 
+def commitment(distances: Tensor, active: Tensor) -> Tensor:
+    """Distances [B, N] averaged over the codebooks that each item uses, then over the batch."""
+    return ((distances * active).sum(1) / active.sum(1)).mean()
+
+
 def draw_active(
     batch_size: int, n_codebooks: int, dropout: float, device: torch.device, counts: tuple[int, ...] = ()
 ) -> Tensor:
@@ -47,9 +53,8 @@ def draw_active(
         [B, N] of 0 and 1, a prefix of ones in every row.
     Source: Zeghidour et al. 2021 (SoundStream), section III-C; per item as in DAC.
     """
-    count = torch.randint(1, n_codebooks + 1, (batch_size,))
-    if counts:
-        count = torch.tensor(counts)[torch.randint(len(counts), (batch_size,))]
+    choices = torch.tensor(counts or range(1, n_codebooks + 1))
+    count = choices[torch.randint(len(choices), (batch_size,))]
     count[torch.rand(batch_size) >= dropout] = n_codebooks
     return (torch.arange(n_codebooks) < count[:, None]).float().to(device)
 
@@ -103,22 +108,30 @@ class EMAResidualVQ(nn.Module):
         n = n_codebooks or self.config.n_codebooks
         dropout, bypass = (self.config.dropout, self.config.bypass) if self.training else (0.0, 0.0)
         active = draw_active(len(z), n, dropout, z.device, self.config.dropout_counts)
-        live, residual, z_q, commit = x, x, torch.zeros_like(x), x.new_zeros(())
-        codes, residuals = [], []
+        live, residual, z_q = x, x, torch.zeros_like(x)
+        codes, residuals, distances = [], [], []
         for i in range(n):
             residuals.append(residual.detach())
             codes.append(nearest(residuals[-1], self.codebooks[i]))
             q = F.embedding(codes[-1], self.codebooks[i])
-            mask = active[:, i, None, None]
-            commit = commit + (mask * (residual - q).square()).mean() / n
+            distances.append((residual - q).square().mean((1, 2)))
             ste = live + (q - live).detach()
-            z_q = z_q + mask * ste
+            z_q = z_q + active[:, i, None, None] * ste
             live = live - ste  # builds the output: its gradient is spent by the first step
             residual = residual - q  # feeds lookup and commitment: its gradient stays 1
         if bypass:
             z_q = torch.where(torch.rand(len(z), 1, 1, device=z.device) < bypass, x, z_q)
-        z_q = self.project_out(z_q).transpose(1, 2)
-        return QuantizerOutput(z_q, torch.stack(codes, 1), commit, commit.detach(), torch.stack(residuals), active)
+        z_q, distances = self.project_out(z_q).transpose(1, 2), torch.stack(distances, 1)
+        commit = commitment(distances, active)
+        return QuantizerOutput(z_q, torch.stack(codes, 1), commit, commit.detach(), torch.stack(residuals), active, distances)
+
+    def encode(self, z: Tensor, n_codebooks: int | None = None) -> Tensor:
+        """The codes [B, n, T'] that `forward` gives, without what only training needs."""
+        residual, codes = self.project_in(z.transpose(1, 2)), []
+        for codebook in self.codebooks[:n_codebooks]:
+            codes.append(nearest(residual, codebook))
+            residual = residual - F.embedding(codes[-1], codebook)
+        return torch.stack(codes, 1)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Codes [B, n, T'] of the first n codebooks to z_q [B, D, T']."""
@@ -222,10 +235,17 @@ class SplitResidualVQ(nn.Module):
         if n <= n_semantic:
             return semantic
         acoustic = self.acoustic(z, n - n_semantic)
-        commit = (n_semantic * semantic.commit + (n - n_semantic) * acoustic.commit) / n
-        codes, active = (torch.cat([getattr(part, name) for part in (semantic, acoustic)], 1) for name in ("codes", "active"))
-        residuals = torch.cat([semantic.residuals, acoustic.residuals])
-        return QuantizerOutput(semantic.z_q + acoustic.z_q, codes, commit, commit.detach(), residuals, active)
+        codes, active, distances = (torch.cat([getattr(part, name) for part in (semantic, acoustic)], 1)
+                                    for name in ("codes", "active", "distances"))  # fmt: skip
+        commit, residuals = commitment(distances, active), torch.cat([semantic.residuals, acoustic.residuals])
+        z_q = semantic.z_q + acoustic.z_q
+        return QuantizerOutput(z_q, codes, commit, commit.detach(), residuals, active, distances)
+
+    def encode(self, z: Tensor, n_codebooks: int | None = None) -> Tensor:
+        """As `EMAResidualVQ.encode`."""
+        n, n_semantic = n_codebooks or self.config.n_codebooks, self.config.n_semantic
+        semantic = self.semantic.encode(z, min(n, n_semantic))
+        return torch.cat([semantic, self.acoustic.encode(z, n - n_semantic)], 1) if n > n_semantic else semantic
 
     def decode(self, codes: Tensor) -> Tensor:
         """Codes [B, n, T'] of the first n codebooks to z_q [B, D, T']."""
@@ -300,7 +320,17 @@ class FactorizedResidualVQ(nn.Module):
             z_q_i = level.out_proj(z_e + (q - z_e).detach())
             z_q = z_q + mask * z_q_i
             residual = residual - z_q_i
-        return QuantizerOutput(z_q, torch.stack(codes, 1), commit, codebook, None, active)
+        return QuantizerOutput(z_q, torch.stack(codes, 1), commit, codebook, None, active, None)
+
+    def encode(self, z: Tensor, n_codebooks: int | None = None) -> Tensor:
+        """As `EMAResidualVQ.encode`."""
+        residual, codes = z, []
+        for level in self.levels[:n_codebooks]:
+            z_e = level.in_proj(residual)
+            codes.append(level.lookup(z_e))
+            q = level.codebook(codes[-1]).transpose(1, 2)
+            residual = residual - level.out_proj(z_e + (q - z_e))  # q as `forward` rounds it
+        return torch.stack(codes, 1)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Codes [B, n, T'] of the first n codebooks to z_q [B, D, T']."""
