@@ -77,7 +77,7 @@ class Training:
     mel_loss: MelLoss
     msspec_loss: MultiScaleSpectralLoss
     balancer: Balancer | None
-    averages: dict[str, Tensor]  # of the codec's parameters, by name; empty without optim.ema_decay
+    averages: dict[str, Tensor]  # of the codec's parameters and codebooks, by name; empty without optim.ema_decay
 
 
 # ------------------------------------------------------------------------- one update
@@ -172,14 +172,16 @@ def reconstruction_terms(wav: Tensor, wav_hat: Tensor, t: Training, config: Conf
 def average_weights(t: Training, decay: float) -> None:
     """Move the averages toward the codec: averaged = decay * averaged + (1 - decay) * live; decay 0 starts them anew."""
     if t.averages:
-        torch._foreach_lerp_(list(t.averages.values()), list(unwrap(t.codec).parameters()), 1 - decay)
+        torch._foreach_lerp_(list(t.averages.values()), list(unwrap(t.codec).state_dict().values()), 1 - decay)
 
 
 def exchange_weights(t: Training) -> None:
-    """Swap the codec's parameters with their averages, if such are kept; codebooks that are buffers stay."""
-    for name, parameter in unwrap(t.codec).named_parameters():
-        if name in t.averages:
-            parameter.data, t.averages[name] = t.averages[name], parameter.data
+    """Swap the codec's weights and codebooks with their averages, if such are kept."""
+    live = unwrap(t.codec).state_dict()
+    for name, average in t.averages.items():
+        kept = live[name].clone()
+        live[name].copy_(average)
+        average.copy_(kept)
 
 
 def learning_rate(peak: float, optim: OptimConfig, step: int, total_steps: int) -> float:
@@ -262,7 +264,8 @@ def build(config: Config, device: torch.device) -> Training:
         if config.discriminators.sets:
             discriminators = DistributedDataParallel(discriminators, broadcast_buffers=False)
     losses = config.losses
-    averages = {name: p.detach().clone() for name, p in unwrap(codec).named_parameters()} if config.optim.ema_decay else {}
+    # codebooks are averaged as well, as in AudioCraft: they belong to the encoder of their time
+    averages = {name: value.clone() for name, value in unwrap(codec).state_dict().items()} if config.optim.ema_decay else {}
     return Training(
         codec, discriminators, optimizer_g, optimizer_d,
         MelLoss(config.model.sample_rate, losses.mel_windows, losses.mel_bins, losses.mel_floor).to(device),
@@ -408,6 +411,7 @@ def train(config: Config, run_dir: Path, resume: bool, device: torch.device) -> 
         raise ValueError(f"{run_dir}: processes found checkpoints of different steps; put the run on a shared disk")
     if state["step"] == 0 and config.model.quantizer.type == "ema" and not config.train.init_from:
         start_codebooks(unwrap(t.codec), train_set, config, device)
+        average_weights(t, decay=0.0)
     log = None
     if main:
         log = RunLog(run_dir, resume_step=state["step"] if resume else None)

@@ -3,7 +3,7 @@
     python benchmarks/equality.py [--seconds 2] [--only Mimi]
 
 Weights are random, codebooks spread as the latents are, so that no weights need to be fetched. Each model is written
-by its own save_pretrained, converted, loaded, compared on a batch of 2 whose length is no multiple of the hop, and
+by its own save_pretrained, converted, loaded, compared on a batch of no whole hops, alone, and at lower bitrates, and
 converted back. tests/test_convert.py does the same at small sizes, with more cases.
 """
 
@@ -172,23 +172,39 @@ def compare(name: str, seconds: float) -> str:
         theirs.save_pretrained(f"{folder}/theirs")
         convert(f"{folder}/theirs", f"{folder}/ours")
         convert(f"{folder}/ours", f"{folder}/back", to="transformers")
-        wav = lively(2, int(seconds * theirs.config.sampling_rate) + 1, theirs.config.sampling_rate)
-        n = n_codebooks_of(theirs)
-        z, codes = their_latents(theirs, family, wav), their_codes(theirs, family, wav, n)
-        wav_hat, n_theirs = their_audio(theirs, family, codes), sum(weights(theirs))
+        rate, n = theirs.config.sampling_rate, n_codebooks_of(theirs)
+        fewer = [k for k in (1, 2, 4, 8, 16) if k < n and (k > 1 or family != "encodec")]
+        # a batch of no whole hops; one item of whole hops; a short one at lower bitrates
+        shapes = [(2, int(seconds * rate) + 1), (1, 1920 * 20), *[(1, rate // 2)] * len(fewer)]
+        wavs = [lively(*shape, rate) for shape in shapes]
+        cases = list(zip(wavs, [n, n, *fewer]))
+        latents = [their_latents(theirs, family, wav) for wav in wavs]
+        codes = [their_codes(theirs, family, wav, k) for wav, k in cases]
+        sounds, n_theirs = [their_audio(theirs, family, c) for c in codes], sum(weights(theirs))
         del theirs
         gc.collect()
         ours = Codec.from_pretrained(f"{folder}/ours")
-        unequal = (ours.encode(wav) != codes).sum().item()
-        of_latents = (ours.encoder(ours._pad(wav)) - z).abs().max().item()
-        of_audio = (ours.decode(codes)[..., : wav_hat.shape[-1]] - wav_hat).abs().max().item()
+        unequal = sum((ours.encode(wav, k) != c).sum().item() for (wav, k), c in zip(cases, codes))
+        of_latents = max(relative(ours.encoder(ours._pad(wav)), z) for wav, z in zip(wavs, latents))
+        of_audio = max(difference(ours.decode(c), wav_hat) for c, wav_hat in zip(codes, sounds))
         n_ours = sum(p.numel() for p in ours.parameters())
         del ours
         gc.collect()
         back = AutoModel.from_pretrained(f"{folder}/back").eval()
-        of_back = (their_audio(back, family, their_codes(back, family, wav, n)) - wav_hat).abs().max().item()
-    return (f"| {name} | {of_latents:.1e} | {unequal} / {codes.numel()} | {of_audio:.1e} | {of_back:.1e} | "
+        of_back = difference(their_audio(back, family, their_codes(back, family, wavs[0], n)), sounds[0])
+    total = sum(c.numel() for c in codes)
+    return (f"| {name} | {of_latents:.1e} | {unequal} of {total} | {of_audio:.1e} | {of_back:.1e} | "
             f"{n_ours:,} | {n_theirs:,} | {millions}M |")  # fmt: skip
+
+
+def difference(wav_hat: Tensor, reference: Tensor) -> float:
+    """Largest one between samples, over the reference's length."""
+    return (wav_hat[..., : reference.shape[-1]] - reference).abs().max().item()
+
+
+def relative(z: Tensor, reference: Tensor) -> float:
+    """Largest difference, as a share of the largest value."""
+    return ((z - reference).abs().max() / reference.abs().max()).item()
 
 
 def weights(model: nn.Module) -> list[int]:
@@ -201,7 +217,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="of audio")
     parser.add_argument("--only", nargs="+", choices=list(PUBLISHED), default=list(PUBLISHED))
     options = parser.parse_args()
-    print("| model | latents | codes unequal | audio | audio, way back | parameters ours | theirs | published |")
+    print("| model | latents, relative | codes unequal | audio | audio, way back | parameters ours | theirs | published |")
     print("|---|---|---|---|---|---|---|---|")
     for name in options.only:
         print(compare(name, options.seconds), flush=True)

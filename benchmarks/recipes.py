@@ -41,7 +41,8 @@ ALIKE = [
 ]  # fmt: skip
 KMEANS = ["model.quantizer.kmeans_frames=4096"]
 MPD_MRD = ["discriminators.sets.0.channels=[8, 32, 128, 256, 256]", "discriminators.sets.1.channels=8"]
-MSSTFT = ["discriminators.sets.0.channels=8"]
+# EnCodec's commit 1 stands beside a gradient of norm 1 an item: with one item an update it stays 1
+MSSTFT = ["discriminators.sets.0.channels=8", "loss_weights.commit=1.0"]
 DAC_BODY = ["model.encoder.encoder_dim=12", "model.decoder.decoder_dim=272", "model.latent_dim=192",
             "model.quantizer.n_codebooks=4"]  # fmt: skip
 MIMI_BODY = [

@@ -127,7 +127,7 @@ def load_tensors(path: str | Path) -> dict[str, Tensor]:
 
 
 def inference_tensors(folder: str | Path) -> dict[str, Tensor]:
-    """A codec's tensors for use: its averaged parameters where there are any, and its buffers.
+    """A codec's tensors for use: the averaged ones where there are any, else those of the last update.
 
     Raises:
         ValueError: as `load_tensors`.

@@ -48,17 +48,17 @@ def differing(a: dict, b: dict) -> list[str]:
     return [name for name in a if not torch.equal(a[name], b[name])]
 
 
-def parameters(codec: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in codec.named_parameters()}
+def tensors_of(codec: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in codec.state_dict().items()}
 
 
 def test_the_average_is_the_one_of_a_hand_computation_and_takes_each_update_after_it_was_made():
     config = phase_config(tiny_config([f"optim.ema_decay={DECAY}"]), 1)
     t = build(config, CPU)
-    history = [parameters(t.codec)]
+    history = [tensors_of(t.codec)]
     for step in range(4):
         train_step(batch(step), t, config, step)
-        history.append(parameters(t.codec))
+        history.append(tensors_of(t.codec))
     late = {}
     for name, averaged in t.averages.items():
         expected = history[0][name].double()
@@ -68,7 +68,7 @@ def test_the_average_is_the_one_of_a_hand_computation_and_takes_each_update_afte
         late[name] = history[0][name].double()
         for live in history[:-1]:  # known wrong: averaged before the optimizer's step
             late[name] = DECAY * late[name] + (1 - DECAY) * live[name].double()
-    assert t.averages.keys() == history[0].keys()  # parameters, and no codebook or other buffer
+    assert t.averages.keys() == history[0].keys()
     far = [name for name in late if not torch.allclose(late[name], t.averages[name].double(), rtol=1e-5, atol=1e-7)]
     assert len(far) == len(late)
 
@@ -112,7 +112,7 @@ def test_averages_begin_where_a_run_that_had_none_is_resumed(manifest, tmp_path)
         torch.testing.assert_close(averaged, DECAY * live[name] + (1 - DECAY) * after[name], rtol=1e-5, atol=1e-7)
 
 
-def test_validation_hears_the_averages_with_the_codebooks_of_now_and_training_does_not_notice(manifest, tmp_path, monkeypatch):
+def test_validation_hears_the_averages_and_training_does_not_notice(manifest, tmp_path, monkeypatch):
     heard, validate = {}, train_codec_gan.validate
 
     def listening(codec, *rest):
@@ -129,13 +129,14 @@ def test_validation_hears_the_averages_with_the_codebooks_of_now_and_training_do
     assert differing(saved(tmp_path / "often"), saved(tmp_path / "seldom")) == []
 
 
-def test_a_loaded_codec_has_the_averages_and_the_codebooks_of_the_last_update(manifest, tmp_path):
+def test_a_loaded_codec_has_the_averages_and_codebooks_of_the_same_time(manifest, tmp_path):
     config = settings(manifest)
     train(config, tmp_path / "run", False, CPU)
     live = {name[6:]: value for name, value in saved(tmp_path / "run", "model").items()}
     averages = {name[4:]: value for name, value in saved(tmp_path / "run", "ema").items()}
     wav, outputs = batch(), {}
-    for kind, tensors in (("averaged", live | averages), ("live", live)):
+    mixed = averages | {name: value for name, value in live.items() if name.startswith("quantizer.")}
+    for kind, tensors in (("averaged", averages), ("live", live), ("mixed", mixed)):
         codec = Codec(config.model)
         codec.load_state_dict(tensors)
         remove_weight_norm(codec)
@@ -143,14 +144,8 @@ def test_a_loaded_codec_has_the_averages_and_the_codebooks_of_the_last_update(ma
     loaded = Codec.from_pretrained(tmp_path / "run")
     torch.testing.assert_close(loaded(wav).wav_hat, outputs["averaged"])
     assert not torch.allclose(loaded(wav).wav_hat, outputs["live"], atol=1e-4)
-    assert torch.equal(loaded.quantizer.codebooks, live["quantizer.codebooks"])
-
-    folders = sorted((tmp_path / "run" / "checkpoints").glob("step_*"))  # known wrong: codebooks averaged once more
-    past = [load_file(folder / "model.safetensors")["quantizer.codebooks"] for folder in folders]
-    lagging = past[0]
-    for codebooks in past[1:]:
-        lagging = DECAY * lagging + (1 - DECAY) * codebooks
-    assert not torch.allclose(loaded.quantizer.codebooks, lagging, atol=1e-3)
+    # known wrong: the averaged encoder with the codebooks of the last update, which its latents do not fit
+    assert not torch.allclose(loaded(wav).wav_hat, outputs["mixed"], atol=1e-4)
 
 
 def test_weight_decay_can_be_kept_to_transformers():
