@@ -3,8 +3,9 @@
     python benchmarks/finetune.py RECIPES_OUT MANIFEST_24KHZ OUT_DIR [--language el]
 
 RECIPES_OUT is what benchmarks/recipes.py left. Each of dac, encodec and mimi goes the whole way of a released model:
-our run -> a transformers folder -> `codec convert` -> `train.init_from`, with its own recipe. Two things are set: mel 1 is
-added where a recipe has no reconstruction loss, and the discriminators, which no released codec brings, learn alone first.
+our run -> a transformers folder -> `codec convert` -> `train.init_from`, with its own recipe. Two things are set: where
+gradients are balanced, mel 10 joins them (half of the gradient or more), and the discriminators, which no released codec
+brings, learn alone first.
 """
 
 import argparse
@@ -51,11 +52,11 @@ def finetune(name: str, recipes: Path, manifest: Path, folder: Path) -> dict:
     run("-m", "codec.cli", "convert", "--from", recipes / name, "--to", "transformers", theirs)
     run("-m", "codec.cli", "convert", "--from", theirs, converted)
     config_path = recipes / name / "config.yaml"
-    weights = load_config(config_path).loss_weights
+    balanced = load_config(config_path).losses.balancer
     values = [f"data.manifest={manifest}", f"train.init_from={converted}", f"train.disc_warmup_steps={WARMUP}",
               f"phases=[{{name: finetune, steps: {WARMUP + STEPS}}}]", f"train.val_every={WARMUP + STEPS}",
               "train.max_minutes=0", "optim.warmup_steps=0",
-              *([] if weights.mel or weights.msspec else ["loss_weights.mel=1.0"])]  # fmt: skip
+              *(["loss_weights.mel=10.0"] if balanced else [])]  # fmt: skip
     config = load_config(config_path, values)
     n_samples = config.data.val_segment_samples or config.data.segment_samples
     val = SegmentDataset(read_manifest(manifest, "val", config.model.sample_rate), n_samples, VAL_SEED)
