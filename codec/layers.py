@@ -204,7 +204,7 @@ class PaddedConvTranspose1d(nn.Module):
         self.conv = weight_norm(conv) if normalize else conv
 
     def forward(self, x: Tensor) -> Tensor:
-        inference = not self.training and x.device.type == "cpu" and self.conv.groups == 1
+        inference = not self.training and x.device.type == "cpu" and self.conv.bias is not None  # else a resampling
         x = conv_transpose1d_inference(x, self.conv) if inference else self.conv(x)
         return x[..., : -self.trim] if self.trim else x
 
