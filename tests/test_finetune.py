@@ -96,24 +96,24 @@ def test_a_new_run_starts_from_a_pretrained_folder(manifest, source, tmp_path):
     t = build(config, CPU)
     assert load_initial(resolve(tmp_path / "published"), t, config) is False  # it holds no discriminators
     torch.testing.assert_close(t.codec.eval()(batch()).wav_hat, codec(batch()).wav_hat)
-    assert differing(t.averages, dict(t.codec.named_parameters())) == []
+    assert differing(t.averages, t.codec.state_dict()) == []
 
 
 def test_the_codebooks_are_not_started_anew(manifest, source, tmp_path, capsys):
-    there = saved(find_checkpoint(source), "model")
+    there = load_file(find_checkpoint(source) / "ema.safetensors")
     frozen = ["optim.lr_g=0", "optim.weight_decay=0", "model.quantizer.decay=1.0", "model.quantizer.dead_threshold=0"]
     config = settings(manifest, f"train.init_from={source}", "phases.0.steps=1", "phases.1.steps=0", *frozen)
     train(config, tmp_path / "run", False, CPU)
     assert "its discriminators too" in capsys.readouterr().err
     after = saved(find_checkpoint(tmp_path / "run"), "model")
-    torch.testing.assert_close(after["model.quantizer.ema_sum"], there["model.quantizer.ema_sum"])
-    torch.testing.assert_close(after["model.quantizer.codebooks"], there["model.quantizer.codebooks"], rtol=1e-4, atol=1e-5)
+    for name in ("quantizer.ema_sum", "quantizer.ema_count"):  # the entries are these, divided
+        torch.testing.assert_close(after[f"model.{name}"], there[name])
 
     t = build(config, CPU)  # known wrong: k-means after loading
     load_initial(find_checkpoint(source), t, config)
     utterances = train_codec_gan.read_manifest(manifest, "train", 8000)
     start_codebooks(t.codec, train_codec_gan.SegmentDataset(utterances, 2000, 0), config, CPU)
-    assert not torch.allclose(t.codec.quantizer.codebooks, there["model.quantizer.codebooks"], atol=1e-2)
+    assert not torch.allclose(t.codec.quantizer.codebooks, there["quantizer.codebooks"], atol=1e-2)
 
 
 def test_discriminators_of_another_shape_or_absent_ones_start_fresh(manifest, source, tmp_path):
