@@ -26,6 +26,7 @@ class Utterance(NamedTuple):
     path: Path
     speaker: str
     n_samples: int
+    name: str = ""  # path as the manifest has it: the key of features and words
 
 
 def read_manifest(manifest: str | Path, split: str, sample_rate: int) -> list[Utterance]:
@@ -50,7 +51,7 @@ def read_manifest(manifest: str | Path, split: str, sample_rate: int) -> list[Ut
                                  f"prepare the data with --sample_rate {sample_rate}")  # fmt: skip
             if entry["split"] == split and entry["n_samples"] > 0:
                 path = manifest.parent / entry["path"]
-                utterances.append(Utterance(path, entry["speaker"], entry["n_samples"]))
+                utterances.append(Utterance(path, entry["speaker"], entry["n_samples"], entry["path"]))
     missing = [utterance.path for utterance in utterances if not utterance.path.is_file()]
     if missing:
         raise ValueError(f"{manifest}: {len(missing)} of {len(utterances)} audio files are missing, the first is "
@@ -83,7 +84,7 @@ class SegmentDataset(Dataset):
     def __init__(self, utterances: list[Utterance], segment_samples: int, seed: int, speaker_balanced: bool = False):
         if not utterances:
             raise ValueError("data: no utterances to draw segments from; the manifest has none of this split")
-        self.segment_samples, self.seed = segment_samples, seed
+        self.utterances, self.segment_samples, self.seed = utterances, segment_samples, seed
         groups: dict[str, list[Utterance]] = {}
         for utterance in utterances:
             groups.setdefault(utterance.speaker if speaker_balanced else "", []).append(utterance)
@@ -134,8 +135,8 @@ class StepSampler(Sampler[list[int]]):
             yield list(range(first, first + self.share))
 
 
-def segment_loader(dataset: SegmentDataset, sampler: StepSampler, n_workers: int, pin_memory: bool) -> DataLoader:
-    """Batches [B / world_size, 1, S] in the sampler's order."""
+def segment_loader(dataset: Dataset, sampler: StepSampler, n_workers: int, pin_memory: bool) -> DataLoader:
+    """Batches of the dataset's items in the sampler's order."""
     return DataLoader(dataset, batch_sampler=sampler, num_workers=n_workers, pin_memory=pin_memory,
                       prefetch_factor=4 if n_workers else None, worker_init_fn=_leave_signals_to_main)  # fmt: skip
 
