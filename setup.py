@@ -21,6 +21,7 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
+        "align": ["faster-whisper>=1.2"],
         "eval": ["pesq>=0.0.4", "pystoi>=0.4.1"],
         "dev": ["pytest>=8", "ruff>=0.6"],
     },

@@ -19,11 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_, parametrize
+from torch.utils.data import default_collate
 from tqdm import tqdm
 
 from codec import distributed, metrics
 from codec.checkpoint import (
     find_checkpoint,
+    grow,
     inference_tensors,
     load_into,
     load_state,
@@ -34,9 +36,13 @@ from codec.checkpoint import (
 )
 from codec.config import (
     Config,
+    EMAQuantizerConfig,
+    FactorizedQuantizerConfig,
     OptimConfig,
+    can_grow,
     disc_warmup,
     dump_config,
+    grown,
     load_config,
     parse_config,
     phase_at,
@@ -46,6 +52,8 @@ from codec.config import (
 )
 from codec.data import SegmentDataset, StepSampler, read_manifest, segment_loader
 from codec.discriminator import Discriminators
+from codec.distill import DistilledSegments, Heads, Teachers, codebook_gradients, constant_loss, open_teachers
+from codec.features import Targets
 from codec.files import write_atomically
 from codec.layers import Transformer
 from codec.losses import (
@@ -72,6 +80,7 @@ class Training:
 
     codec: nn.Module
     discriminators: nn.Module
+    heads: nn.Module  # read the teachers of a distillation from the first codebooks
     optimizer_g: torch.optim.Optimizer
     optimizer_d: torch.optim.Optimizer
     mel_loss: MelLoss
@@ -83,7 +92,9 @@ class Training:
 # ------------------------------------------------------------------------- one update
 
 
-def train_step(wav: Tensor, t: Training, config: Config, step: int, warming: bool = False) -> dict[str, Tensor]:
+def train_step(
+    wav: Tensor, t: Training, config: Config, step: int, warming: bool = False, targets: dict[str, Targets] | None = None
+) -> dict[str, Tensor]:
     """One discriminator update, then one generator update, on the same forward of the codec.
 
     Args:
@@ -91,6 +102,7 @@ def train_step(wav: Tensor, t: Training, config: Config, step: int, warming: boo
         config: as the current phase resolves it.
         step: number of this update; seeds what is random in it.
         warming: update the discriminators alone; nothing of the codec changes.
+        targets: what the teachers of a distillation say of this batch, by name.
     Returns:
         Unweighted terms, totals and gradient norms by name, detached. `skipped_g` or `skipped_d` is 1 where a
         non-finite loss or gradient made that update be left out.
@@ -133,16 +145,24 @@ def train_step(wav: Tensor, t: Training, config: Config, step: int, warming: boo
         terms["adv"] = generator_adversarial_loss(logits_fake, kind)
         losses = config.losses
         terms["feat"] = feature_matching_loss(features_real, features_fake, losses.feat_relative, losses.feat_flat)
-    vq = weights.commit * out.quantized.commit + weights.codebook * out.quantized.codebook
-    loss_g = sum(getattr(weights, name) * term for name, term in terms.items()) + vq
+    aside = weights.commit * out.quantized.commit + weights.codebook * out.quantized.codebook
+    if targets:
+        taught = t.heads(out.quantized.prefixes, targets)
+        aside = aside + sum(getattr(weights, name) * loss for name, (loss, _) in taught.items())
+        log |= distillation_log(taught, targets)
+    loss_g = sum(getattr(weights, name) * term for name, term in terms.items()) + aside
+    if targets and (step + 1) % config.train.log_every == 0:
+        losses = {name: getattr(weights, name) * term for name, term in terms.items()}
+        losses |= {name: getattr(weights, name) * loss for name, (loss, _) in taught.items()}
+        log |= codebook_gradients(losses, out.quantized.entries)
     t.optimizer_g.zero_grad()
     if t.balancer is None:
         loss_g.backward()
     else:  # the gradient at the output is given, so one backward remains and DDP synchronises as ever
         weighted = {name: (term, getattr(weights, name)) for name, term in terms.items() if getattr(weights, name) > 0}
         balanced = t.balancer(weighted, out.wav_hat)
-        ((out.wav_hat * balanced).sum() + vq).backward()
-    log["grad_norm_g"] = clip_grad_norm_(t.codec.parameters(), optim.max_grad_norm_g)
+        ((out.wav_hat * balanced).sum() + aside).backward()
+    log["grad_norm_g"] = clip_grad_norm_([*t.codec.parameters(), *t.heads.parameters()], optim.max_grad_norm_g)
     log["skipped_g"] = non_finite_anywhere(loss_g, log["grad_norm_g"])
     if not log["skipped_g"]:
         t.optimizer_g.step()
@@ -152,6 +172,18 @@ def train_step(wav: Tensor, t: Training, config: Config, step: int, warming: boo
     commit, codebook = out.quantized.commit, out.quantized.codebook
     terms |= {"loss_g": loss_g, "commit": commit, "codebook": codebook, "vq": commit + codebook}
     return log | {"adv_g" if name == "adv" else name: value.detach() for name, value in terms.items()}
+
+
+def distillation_log(taught: dict[str, tuple[Tensor, Tensor]], targets: dict[str, Targets]) -> dict[str, Tensor]:
+    """Losses and similarities by teacher, the share of frames that had a target, and the ratio of two teachers' losses."""
+    log = {}
+    for name, (_, loss) in taught.items():
+        log[f"{name}_frames"] = targets[name].mask.mean()
+        log[name] = torch.where(log[f"{name}_frames"] > 0, loss, math.nan)  # a batch without words says nothing
+        log[f"{name}_similarity"] = 1 - log[name]
+    if len(taught) == 2:
+        log["wavlm_llm_ratio"] = log["wavlm"] / log["llm"]
+    return log
 
 
 def reconstruction_terms(wav: Tensor, wav_hat: Tensor, t: Training, config: Config) -> dict[str, Tensor]:
@@ -200,7 +232,7 @@ def learning_rate(peak: float, optim: OptimConfig, step: int, total_steps: int) 
 def set_learning_rates(t: Training, optim: OptimConfig, step: int, total_steps: int) -> None:
     for optimizer, peak in ((t.optimizer_g, optim.lr_g), (t.optimizer_d, optim.lr_d)):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(peak, optim, step, total_steps)
+            group["lr"] = group["lr_scale"] * learning_rate(peak, optim, step, total_steps)
 
 
 def non_finite_anywhere(*values: Tensor) -> Tensor:
@@ -217,15 +249,19 @@ def unwrap(module: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def validate(codec: Codec, val: SegmentDataset, config: Config, device: torch.device, log: RunLog | None, step: int) -> dict:
+def validate(t: Training, val: DistilledSegments, config: Config, device: torch.device, log: RunLog | None, step: int) -> dict:
     """Metrics over fixed segments of the validation split, shared out over the ranks; logs sound and pictures."""
+    codec, heads = unwrap(t.codec), unwrap(t.heads)
     share = -(-config.data.val_segments // distributed.world_size())
     first = distributed.rank() * share
     codec.eval()
-    per_item, codes = [], []
+    per_item, codes, taught = [], [], []
     for index in range(first, first + share):
-        wav = val[index][None].to(device)
+        wav, targets = default_collate([val[index]])
+        wav, targets = wav.to(device), to_device(targets, device)
         out = codec(wav)
+        taught.append({name: torch.stack([loss, constant_loss(val.teachers[name].mean.to(device), targets[name])])
+                       for name, (_, loss) in heads(out.quantized.prefixes, targets).items()})  # fmt: skip
         codes.append(out.quantized.codes)
         per_item.append(torch.stack([metrics.snr_db(wav, out.wav_hat), metrics.si_sdr_db(wav, out.wav_hat),
                                      metrics.amplitude_ratio(wav, out.wav_hat), metrics.dc_offset(out.wav_hat),
@@ -234,21 +270,37 @@ def validate(codec: Codec, val: SegmentDataset, config: Config, device: torch.de
             log.audio(step, f"input/{index}", wav[0], codec.sample_rate)
             log.audio(step, f"reconstruction/{index}", out.wav_hat[0], codec.sample_rate)
             log.spectrogram(step, f"input_above_reconstruction/{index}", wav[0], out.wav_hat[0], codec.sample_rate)
+            for n in first_groups(config.model.quantizer):
+                log.audio(step, f"reconstruction_from_first_{n}/{index}", codec(wav, n).wav_hat[0], codec.sample_rate)
     codec.train()
     items = distributed.all_gather_cat(torch.cat(per_item)).nanmean(0).tolist()
     used, perplexity = metrics.codebook_usage(distributed.all_gather_cat(torch.cat(codes)), codec.codebook_size)
     names = ("snr_db", "si_sdr_db", "amplitude_ratio", "dc_offset", "mel")
     scores = {f"val/{name}": value for name, value in zip(names, items)}
+    for name in val.teachers:
+        loss, constant = distributed.mean_over_ranks(torch.stack([item[name] for item in taught]).mean(0)).tolist()
+        scores |= {f"val/{name}": loss, f"val/{name}_gain": 1 - loss / max(constant, 1e-8)}  # 0: a constant does as well
     for level in range(codec.n_codebooks):
         scores[f"val/perplexity_{level}"] = perplexity[level].item()
         scores[f"val/used_{level}"] = used[level].item()
     return scores
 
 
+def first_groups(quantizer: EMAQuantizerConfig | FactorizedQuantizerConfig) -> list[int]:
+    """Numbers of first codebooks to listen to by themselves: the semantic, and the prosodic with them."""
+    if quantizer.type != "ema":
+        return []
+    return sorted({n for n in (quantizer.n_semantic, quantizer.n_first) if n})
+
+
+def to_device(targets: dict[str, Targets], device: torch.device) -> dict[str, Targets]:
+    return {name: Targets(*(x.to(device, non_blocking=True) for x in target)) for name, target in targets.items()}
+
+
 # ------------------------------------------------------------------------------ set-up
 
 
-def build(config: Config, device: torch.device) -> Training:
+def build(config: Config, device: torch.device, teachers: Teachers | None = None) -> Training:
     """Networks and optimizers for a fresh run, the same on every rank."""
     torch.manual_seed(config.train.seed)
     codec = Codec(config.model).to(device).train()
@@ -256,18 +308,25 @@ def build(config: Config, device: torch.device) -> Training:
     if config.train.compile:
         for module in (codec.encoder, codec.decoder, discriminators):
             module.compile()
-    optimizer_g = adamw(codec, config.optim.lr_g, config.optim)
-    optimizer_d = adamw(discriminators, config.optim.lr_d, config.optim)
+    heads = Heads(config.distill, config.model.quantizer.codebook_dim, teachers or {}).to(device).train()
+    freeze(codec, config.train.freeze)
+    optim = config.optim
+    projections = [module for module in codec.quantizer.modules() if isinstance(module, nn.Linear)]
+    optimizer_g = adamw([codec, heads], optim.lr_g, optim, {heads: optim.lr_scale_heads}
+                        | dict.fromkeys(projections, optim.lr_scale_projections))  # fmt: skip
+    optimizer_d = adamw([discriminators], optim.lr_d, optim, {})
     if distributed.world_size() > 1:
         # buffers are not broadcast: codebooks are kept equal by update_codebooks itself
         codec = DistributedDataParallel(codec, broadcast_buffers=False)
         if config.discriminators.sets:
             discriminators = DistributedDataParallel(discriminators, broadcast_buffers=False)
+        if teachers:  # a teacher without weight leaves its head without gradient
+            heads = DistributedDataParallel(heads, broadcast_buffers=False, find_unused_parameters=True)
     losses = config.losses
     # codebooks are averaged as well, as in AudioCraft: they belong to the encoder of their time
     averages = {name: value.clone() for name, value in unwrap(codec).state_dict().items()} if config.optim.ema_decay else {}
     return Training(
-        codec, discriminators, optimizer_g, optimizer_d,
+        codec, discriminators, heads, optimizer_g, optimizer_d,
         MelLoss(config.model.sample_rate, losses.mel_windows, losses.mel_bins, losses.mel_floor).to(device),
         MultiScaleSpectralLoss(losses.msspec_windows, losses.msspec_log_weight).to(device),
         Balancer(mean_over_ranks=distributed.mean_over_ranks) if losses.balancer else None,
@@ -275,30 +334,53 @@ def build(config: Config, device: torch.device) -> Training:
     )  # fmt: skip
 
 
-def adamw(module: nn.Module, lr: float, optim: OptimConfig) -> torch.optim.AdamW:
-    """AdamW; matrices and kernels decay, all or a transformer's; biases, gains and snake alphas have one long axis only."""
-    parameters = list(module.parameters()) or [nn.Parameter(torch.zeros(1))]
-    in_transformers = {p for child in module.modules() if isinstance(child, Transformer) for p in child.parameters()}
-    matrices = [p for p in parameters if p.numel() > max(p.shape, default=1)]
-    groups = [
-        ([p for p in matrices if p in in_transformers], optim.weight_decay),
-        ([p for p in matrices if p not in in_transformers], optim.weight_decay if optim.weight_decay_on == "all" else 0.0),
-        ([p for p in parameters if p.numel() <= max(p.shape, default=1)], 0.0),
-    ]
-    groups = [{"params": members, "weight_decay": decay} for members, decay in groups if members]
-    return torch.optim.AdamW(groups, lr=lr, betas=optim.betas, fused=True)
+def adamw(modules: list[nn.Module], lr: float, optim: OptimConfig, lr_scales: dict[nn.Module, float]) -> torch.optim.AdamW:
+    """AdamW over what is not frozen; `lr_scales` multiply the learning rate of the modules they name.
+
+    Matrices and kernels decay, all or a transformer's; biases, gains and snake alphas have one long axis only.
+    """
+    everything = [child for module in modules for child in module.modules()]
+    in_transformers = {p for child in everything if isinstance(child, Transformer) for p in child.parameters()}
+    scales = {p: scale for module, scale in lr_scales.items() for p in module.parameters()}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for p in (p for module in modules for p in module.parameters() if p.requires_grad):
+        matrix = p.numel() > max(p.shape, default=1)
+        decays = matrix and (optim.weight_decay_on == "all" or p in in_transformers)
+        groups.setdefault((optim.weight_decay if decays else 0.0, scales.get(p, 1.0)), []).append(p)
+    groups = groups or {(0.0, 1.0): [nn.Parameter(torch.zeros(1))]}
+    described = [{"params": members, "weight_decay": decay, "lr_scale": scale} for (decay, scale), members in groups.items()]
+    return torch.optim.AdamW(described, lr=lr, betas=optim.betas, fused=True)
+
+
+def freeze(codec: Codec, parts: tuple[str, ...]) -> None:
+    """Leave parts of a codec as they are: parameters by the start of their name, and the codebooks that belong to them."""
+    q = codec.config.quantizer
+    levels = {"quantizer": range(q.n_codebooks), **{f"codebooks.{i}": [i] for i in range(q.n_codebooks)}}
+    if q.type == "ema" and q.n_first:
+        levels |= {"quantizer.semantic": range(q.n_first), "quantizer.acoustic": range(q.n_first, q.n_codebooks)}
+    for part in parts:
+        named = [p for name, p in codec.named_parameters() if f"{name}.".startswith(f"{part}.")]
+        if not named and part not in levels:
+            raise ValueError(f"train.freeze: '{part}' names no part of the codec; expected encoder, decoder, "
+                             f"{', '.join(levels)} or the start of a parameter's name")  # fmt: skip
+        for p in named:
+            p.requires_grad_(False)
+    if q.type == "ema":
+        codec.quantizer.freeze_codebooks({level for part in parts for level in levels.get(part, ())})
 
 
 @torch.no_grad()
-def start_codebooks(codec: Codec, dataset: SegmentDataset, config: Config, device: torch.device) -> None:
-    """k-means on latents of the untrained encoder, from segments that the training does not begin with."""
+def start_codebooks(
+    codec: Codec, dataset: SegmentDataset, config: Config, device: torch.device, levels: range | None = None
+) -> None:
+    """k-means on latents of the encoder, from segments that training does not begin with; `levels`: default all."""
     frames_per_update = config.data.batch_size * config.data.segment_samples // codec.hop_length
     n_batches = -(-config.model.quantizer.kmeans_frames // frames_per_update)
     far = 2**40 // config.data.batch_size  # a step no run reaches
     sampler = StepSampler(far, far + n_batches, config.data.batch_size, distributed.rank(), distributed.world_size())
     batches = (torch.stack([dataset[index] for index in indices]) for indices in sampler)
     latents = [distributed.all_gather_cat(codec.encoder(wav.to(device)).float()) for wav in batches]
-    codec.quantizer.init_codebooks(torch.cat(latents), frames_per_update)
+    codec.quantizer.init_codebooks(torch.cat(latents), frames_per_update, levels)
 
 
 def save(run_dir: Path, t: Training, config: Config, state: dict, best: bool) -> None:
@@ -309,6 +391,8 @@ def save(run_dir: Path, t: Training, config: Config, state: dict, best: bool) ->
             "discriminators": unwrap(t.discriminators).state_dict(),
             "optimizers": optimizer_tensors(t.optimizer_g, "g") | optimizer_tensors(t.optimizer_d, "d"),
         }
+        if len(unwrap(t.heads).heads):
+            tensors["heads"] = unwrap(t.heads).state_dict()
         if t.averages:
             tensors["ema"] = t.averages
         if t.balancer:
@@ -335,6 +419,8 @@ def restore(folder: Path, t: Training, config: Config) -> dict:
     load_into(unwrap(t.codec), load_tensors(folder / "model.safetensors"), str(folder / "model.safetensors"))
     load_into(unwrap(t.discriminators), load_tensors(folder / "discriminators.safetensors"),
               str(folder / "discriminators.safetensors"))  # fmt: skip
+    if len(unwrap(t.heads).heads):
+        load_into(unwrap(t.heads), load_tensors(folder / "heads.safetensors"), str(folder / "heads.safetensors"))
     tensors = load_tensors(folder / "optimizers.safetensors")
     restore_optimizer(t.optimizer_g, tensors, "g")
     restore_optimizer(t.optimizer_d, tensors, "d")
@@ -349,19 +435,27 @@ def load_averaged(folder: Path, t: Training) -> None:
     average_weights(t, decay=0.0)
 
 
-def load_initial(folder: Path, t: Training, config: Config) -> bool:
+def load_initial(folder: Path, t: Training, config: Config) -> tuple[bool, range]:
     """Start from the codec of a checkpoint or pretrained folder, and from its discriminators where they are the config's.
 
     Returns:
-        Whether the discriminators came along; else they stay fresh.
+        Whether the discriminators came along, else they stay fresh; and the prosodic codebooks that the codec lacked.
     """
-    refuse_other_model(read_model(folder), config.model, f"train.init_from={folder}", Path(__file__).parent / "configs")
-    load_averaged(folder, t)
+    there, added = read_model(folder), range(0)
+    if can_grow(there, config.model):
+        n_first = there.quantizer.n_first
+        added, there = range(n_first, config.model.quantizer.n_first), grown(there, config.model)
+    refuse_other_model(there, config.model, f"train.init_from={folder}", Path(__file__).parent / "configs")
+    codec, tensors = unwrap(t.codec), inference_tensors(folder)
+    if there != read_model(folder):
+        tensors = grow(tensors, codec.state_dict(), n_first)
+    load_into(codec, tensors, str(folder / "model.safetensors"))
+    average_weights(t, decay=0.0)
     weights, saved = folder / "discriminators.safetensors", folder / "config.yaml"
     alike = weights.is_file() and parse_config(saved.read_text(), str(saved)).discriminators == config.discriminators
     if alike:
         load_into(unwrap(t.discriminators), load_tensors(weights), str(weights))
-    return alike
+    return alike, added
 
 
 # ---------------------------------------------------------------------------- the loop
@@ -390,9 +484,16 @@ def train(config: Config, run_dir: Path, resume: bool, device: torch.device) -> 
         tell(f"warning: {data.manifest} has no val split; val/ figures will be of training data")
         val_utterances = read_manifest(data.manifest, "train", config.model.sample_rate)
     val_set = SegmentDataset(val_utterances, data.val_segment_samples or data.segment_samples, VAL_SEED)
+    teachers = open_teachers(config.distill)
+    for name, store in teachers.items():
+        n_without = store.check([*train_set.utterances, *val_utterances], config.model.sample_rate)
+        tell(f"{name}: features of {store.folder}; {n_without} utterances have no target")
+    hop_length = config.model.encoder.hop_length
+    segments = DistilledSegments(train_set, teachers, hop_length, config.model.sample_rate)
+    val_segments = DistilledSegments(val_set, teachers, hop_length, config.model.sample_rate)
 
     # Model: where the last run left it, or another run's, or a new one
-    t = build(config, device)
+    t, added = build(config, device, teachers), range(0)
     state = {"step": 0, "best_mel": math.inf, "skipped_in_row": 0, "sums": {}, "counts": {}, "disc_warmup_steps": 0}
     if resume and any((run_dir / "checkpoints").glob("step_*")):
         folder = find_checkpoint(run_dir)
@@ -401,16 +502,18 @@ def train(config: Config, run_dir: Path, resume: bool, device: torch.device) -> 
         tell(f"resumed from {folder}")
     elif config.train.init_from:
         folder = resolve(config.train.init_from)
-        with_discriminators = load_initial(folder, t, config)
+        with_discriminators, added = load_initial(folder, t, config)
         state["disc_warmup_steps"] = 0 if with_discriminators else config.train.disc_warmup_steps
         tell(f"started from {folder}, its discriminators too" if with_discriminators else
              f"started from {folder}; discriminators are new, "
              f"{len(disc_warmup(config, config.train.disc_warmup_steps))} updates of theirs come first")  # fmt: skip
+        if added:
+            tell(f"codebooks {', '.join(map(str, added))} are new: k-means on what those before them leave over")
     first = torch.tensor([float(state["step"]), -float(state["step"])], device=device)
     if distributed.all_reduce_max(first).sum() != 0:
         raise ValueError(f"{run_dir}: processes found checkpoints of different steps; put the run on a shared disk")
-    if state["step"] == 0 and config.model.quantizer.type == "ema" and not config.train.init_from:
-        start_codebooks(unwrap(t.codec), train_set, config, device)
+    if state["step"] == 0 and config.model.quantizer.type == "ema" and (added or not config.train.init_from):
+        start_codebooks(unwrap(t.codec), train_set, config, device, added or None)
         average_weights(t, decay=0.0)
     log = None
     if main:
@@ -418,7 +521,7 @@ def train(config: Config, run_dir: Path, resume: bool, device: torch.device) -> 
         write_atomically(run_dir / "config.yaml", dump_config(config))
     sampler = StepSampler(state["step"], config.total_steps, data.batch_size, distributed.rank(),
                           distributed.world_size())  # fmt: skip
-    loader = segment_loader(train_set, sampler, data.n_workers, pin_memory=device.type == "cuda")
+    loader = segment_loader(segments, sampler, data.n_workers, pin_memory=device.type == "cuda")
     means = EpochMeans(state["sums"], state["counts"])
     steps_per_epoch = data.segments_per_epoch // data.batch_size
     audio_s_per_step = data.batch_size * data.segment_samples / config.model.sample_rate
@@ -431,11 +534,11 @@ def train(config: Config, run_dir: Path, resume: bool, device: torch.device) -> 
     bar = tqdm(total=config.total_steps, initial=state["step"], disable=not main, unit="step", dynamic_ncols=True,
                mininterval=0.5 if sys.stderr.isatty() else 30)  # fmt: skip
     shown, clock, clock_step = {}, time.monotonic(), state["step"]
-    for wav in loader:
+    for wav, targets in loader:
         step = state["step"]
         phase = phase_at(config, step)
-        wav = wav.to(device, non_blocking=True)
-        values = train_step(wav, t, phases[phase], step, warming=step in warmup)
+        wav, targets = wav.to(device, non_blocking=True), to_device(targets, device)
+        values = train_step(wav, t, phases[phase], step, warming=step in warmup, targets=targets)
         names = list(values)
         over_time = config.train.max_minutes and time.monotonic() - started > 60 * config.train.max_minutes
         packed = torch.stack([values[name].float() for name in names]
@@ -473,7 +576,7 @@ def train(config: Config, run_dir: Path, resume: bool, device: torch.device) -> 
         best = False
         if step % config.train.val_every == 0 or last:
             exchange_weights(t)  # validation hears what inference will use
-            scores = validate(unwrap(t.codec), val_set, config, device, log, step)
+            scores = validate(t, val_segments, config, device, log, step)
             exchange_weights(t)
             means.add(scores)
             best = scores["val/mel"] < state["best_mel"]

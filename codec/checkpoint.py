@@ -170,6 +170,26 @@ def load_into(module: torch.nn.Module, tensors: dict[str, Tensor], where: str) -
     module.load_state_dict(tensors)
 
 
+def grow(tensors: dict[str, Tensor], fresh: dict[str, Tensor], n_first: int) -> dict[str, Tensor]:
+    """A codec's tensors with the shapes of another's that has more prosodic codebooks, fewer acoustic ones, or semantic blocks.
+
+    Args:
+        tensors: of a codec whose first residual VQ has `n_first` codebooks.
+        fresh: of the codec to start; its values stay where `tensors` has none.
+    """
+    taken = {}
+    for name, value in fresh.items():
+        if name.startswith("quantizer.path.") and name not in tensors:
+            taken[name] = value
+        elif name.startswith("quantizer.semantic.own_inputs.") and name not in tensors:
+            taken[name] = tensors["quantizer.semantic.project_in.weight"]
+        elif name.startswith("quantizer.semantic.") and value.ndim > 1 and len(value) > n_first == len(tensors[name]):
+            taken[name] = torch.cat([tensors[name], value[n_first:]])
+        elif name in tensors and tensors[name].shape[1:] == value.shape[1:]:
+            taken[name] = tensors[name][: len(value)] if value.ndim else tensors[name]
+    return taken
+
+
 def misfits(tensors: dict[str, Tensor], expected: dict[str, torch.Size]) -> str:
     """How tensors differ from the names and shapes expected, up to three of each kind named; empty if they do not."""
     missing = [name for name in expected if name not in tensors]

@@ -1,4 +1,4 @@
-"""The `codec` command: encode, decode, reconstruct, info, convert."""
+"""The `codec` command: encode, decode, reconstruct, info, convert, features, align, probe."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import sys
 from pathlib import Path
 
+from codec import align, probe, teachers
 from codec.audio import load_audio, save_audio
 from codec.bitstream import CodecFileHeader, is_codec_file, read_codes, write_codes
 from codec.card import n_weights
@@ -185,6 +186,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--to", choices=("codec", "transformers"), default="codec", help="who shall load it (default codec)")
     _add_which(command)
     command.set_defaults(run=convert)
+    for module in (teachers, align, probe):
+        module.add_command(commands)
     return parser
 
 

@@ -95,9 +95,19 @@ class EMAQuantizerConfig:
     dead_threshold: float = 0.1  # a code is dead below this share of its uniform use
     kmeans_frames: int = 16384  # latent frames gathered for the k-means start
     n_semantic: int = 0  # so many first codebooks code z beside the others, not before them (Mimi)
+    n_prosodic: int = 0  # so many after these code what they leave over (Amy)
+    semantic_blocks: int = 0  # ConvNeXt blocks between z and these two groups: a pathway of their own
+    semantic_inputs: Literal["shared", "own"] = "shared"  # own: each further codebook of the two groups has its projection of z
+    semantic_gradient: float = 1.0  # share of the reconstruction's gradient that the (first) input of the two groups gets
+    semantic_decay: float = 0.0  # of their codebooks; 0: as decay
     dropout: float = 0.0  # share of items of a batch that use a random number of codebooks
     dropout_counts: tuple[int, ...] = ()  # the numbers to draw from; empty: 1 to n_codebooks
     bypass: float = 0.0  # share of items whose latents pass unquantized; the codebooks learn from them all the same
+
+    @property
+    def n_first(self) -> int:
+        """Codebooks of the first of two residual VQs side by side."""
+        return self.n_semantic + self.n_prosodic
 
 
 @dataclass(frozen=True)
@@ -177,6 +187,24 @@ class LossesConfig:
 
 
 @dataclass(frozen=True)
+class TeacherConfig:
+    """What the first codebooks are to tell, from features that `codec features` computed."""
+
+    features: str  # its folder
+    dim: int  # width of the teacher's features
+    n_codebooks: int  # how many of the first codebooks, added up, are read
+    head: Literal["linear", "mlp", "conv"] = "mlp"  # from codebook_dim to dim
+    hidden_dim: int = 512  # of mlp and conv
+    objective: Literal["cosine", "mse"] = "cosine"  # mse: regress the unit vectors, from their mean on
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    llm: TeacherConfig | None = None
+    wavlm: TeacherConfig | None = None
+
+
+@dataclass(frozen=True)
 class LossWeights:
     adv: float = 0.0
     feat: float = 0.0
@@ -186,6 +214,8 @@ class LossWeights:
     msspec: float = 0.0
     commit: float = 0.0
     codebook: float = 0.0
+    llm: float = 0.0
+    wavlm: float = 0.0
 
     @property
     def adversarial(self) -> bool:
@@ -206,6 +236,8 @@ class OptimConfig:
     warmup_steps: int = 0
     max_grad_norm_g: float = 1000.0
     max_grad_norm_d: float = 10.0
+    lr_scale_heads: float = 1.0  # of distillation heads, times lr_g
+    lr_scale_projections: float = 1.0  # of the quantizer's projections, times lr_g
 
 
 # ---------------------------------------------------------------------- data, training
@@ -238,6 +270,9 @@ class TrainConfig:
     # With init_from, and where that brings no discriminators like ours: so many updates at the start of the first
     # adversarial phase train the discriminators alone. They count as steps of that phase.
     disc_warmup_steps: int = 0
+    # Parts of the codec that stay as they are: encoder, decoder, quantizer.semantic, ..., with the codebooks in them;
+    # codebooks.0 for the first codebook alone.
+    freeze: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -258,6 +293,7 @@ class Config:
     data: DataConfig
     train: TrainConfig
     phases: tuple[PhaseConfig, ...]
+    distill: DistillConfig = field(default_factory=DistillConfig)
 
     @property
     def total_steps(self) -> int:
@@ -360,7 +396,8 @@ def disc_warmup(config: Config, n_steps: int) -> range:
 
 # How a quantizer is trained, not what it is: these may differ from those of the weights a run starts from.
 QUANTIZER_TRAINING = [f"model.quantizer.{key}" for key in
-                      ("decay", "dead_threshold", "kmeans_frames", "dropout", "dropout_counts", "bypass")]  # fmt: skip
+                      ("decay", "semantic_decay", "semantic_gradient", "dead_threshold", "kmeans_frames", "dropout",
+                       "dropout_counts", "bypass")]  # fmt: skip
 
 
 def model_differences(there: ModelConfig, here: ModelConfig) -> list[str]:
@@ -388,6 +425,21 @@ def fitting_configs(model: ModelConfig, folder: str | Path) -> list[str]:
             if not model_differences(model, load_config(path).model):
                 found.append(str(path))
     return found
+
+
+def can_grow(there: ModelConfig, here: ModelConfig) -> bool:
+    """Whether weights of a split quantizer can go on with more prosodic or fewer acoustic codebooks (`checkpoint.grow`)."""
+    a, b = there.quantizer, here.quantizer
+    if not a.type == b.type == "ema" or not 0 < a.n_semantic == b.n_semantic or a.semantic_blocks not in (0, b.semantic_blocks):
+        return False
+    return a.n_prosodic <= b.n_prosodic and a.n_codebooks - a.n_first >= b.n_codebooks - b.n_first
+
+
+def grown(there: ModelConfig, here: ModelConfig) -> ModelConfig:
+    """The model `there` with as many codebooks and semantic blocks as `here`."""
+    keys = ("n_codebooks", "n_prosodic", "semantic_blocks")
+    same = {key: getattr(here.quantizer, key) for key in keys}
+    return dataclasses.replace(there, quantizer=dataclasses.replace(there.quantizer, **same))
 
 
 def _flat(section: dict, prefix: str) -> dict[str, Any]:
@@ -492,7 +544,8 @@ MODEL_LIMITS = [  # keys under model
         ("transformer.n_heads", 1, None), ("transformer.ff_dim", 1, None), ("transformer.window", 1, None),
         ("transformer.layer_scale", 0, 1000), ("transformer.rope_theta", 1, 10**12),
         ("n_fft", 2, None), ("dim", 1, None), ("n_blocks", 1, 256), ("expansion", 1, None), ("kernel_size", 1, None)]],
-    ("quantizer.n_semantic", 0, None), ("quantizer.bypass", 0, 1),
+    ("quantizer.n_semantic", 0, None), ("quantizer.n_prosodic", 0, None), ("quantizer.semantic_blocks", 0, 64),
+    ("quantizer.semantic_gradient", 0, 1), ("quantizer.semantic_decay", 0, 1), ("quantizer.bypass", 0, 1),
     ("quantizer.codebook_size", 2, None), ("quantizer.codebook_dim", 1, None),
     ("quantizer.decay", 0, 1), ("quantizer.dead_threshold", 0, 1), ("quantizer.dropout", 0, 1),
     ("quantizer.kmeans_frames", 1, None),
@@ -502,6 +555,8 @@ LIMITS = [
     ("optim.weight_decay", 0, None), ("optim.gamma", 0, 1), ("optim.min_lr_ratio", 0, 1),
     ("optim.ema_decay", 0, 1), ("optim.warmup_steps", 0, None),
     ("optim.max_grad_norm_g", 0, None), ("optim.max_grad_norm_d", 0, None),
+    ("optim.lr_scale_heads", 0, None), ("optim.lr_scale_projections", 0, None),
+    *[(f"distill.{name}.{key}", 1, None) for name in ("llm", "wavlm") for key in ("dim", "n_codebooks", "hidden_dim")],
     ("data.segment_samples", 1, None), ("data.batch_size", 1, None), ("data.segments_per_epoch", 1, None),
     ("data.n_workers", 0, None), ("data.val_segments", 1, None), ("data.val_segment_samples", 0, None),
     ("train.seed", 0, None), ("train.log_every", 1, None), ("train.val_every", 1, None),
@@ -526,6 +581,7 @@ def _validate(config: Config, where: str) -> None:
         raise ValueError(f"{where}: train.disc_warmup_steps={config.train.disc_warmup_steps} without train.init_from; a "
                          "codec that is new itself needs no warm-up: set it to 0")  # fmt: skip
     _validate_shapes(config, where)
+    _validate_distillation(config, where)
     for index in range(len(config.phases)):
         _validate_phase(config, index, where)
     warmup, available = config.train.disc_warmup_steps, len(disc_warmup(config, config.total_steps))
@@ -562,13 +618,37 @@ def validate_model(model: ModelConfig, where: str) -> None:
         raise ValueError(f"{where}: model.decoder has hop_length {model.decoder.hop_length}, model.encoder "
                          f"{model.encoder.hop_length}; make them equal")  # fmt: skip
     quantizer = model.quantizer
-    if quantizer.type == "ema" and quantizer.n_semantic >= quantizer.n_codebooks:
-        raise ValueError(f"{where}: model.quantizer.n_semantic={quantizer.n_semantic}, expected less than "
-                         f"n_codebooks={quantizer.n_codebooks}")  # fmt: skip
+    if quantizer.type == "ema":
+        _validate_first_group(model, where)
     counts = getattr(quantizer, "dropout_counts", ())
     if any(not 1 <= count <= quantizer.n_codebooks for count in counts):
         raise ValueError(f"{where}: model.quantizer.dropout_counts={list(counts)}, expected numbers from 1 to "
                          f"n_codebooks={quantizer.n_codebooks}")  # fmt: skip
+
+
+def _validate_first_group(model: ModelConfig, where: str) -> None:
+    """Rules of the semantic and prosodic codebooks."""
+    quantizer, at = model.quantizer, f"{where}: model.quantizer"
+    if quantizer.n_first >= quantizer.n_codebooks:
+        which = "n_semantic + n_prosodic" if quantizer.n_prosodic else "n_semantic"
+        raise ValueError(f"{at}.{which}={quantizer.n_first}, expected less than n_codebooks={quantizer.n_codebooks}")
+    for key, default in (("n_prosodic", 0), ("semantic_blocks", 0), ("semantic_inputs", "shared"), ("semantic_gradient", 1),
+                         ("semantic_decay", 0)):  # fmt: skip
+        if getattr(quantizer, key) != default and not quantizer.n_semantic:
+            raise ValueError(f"{at}.{key}={getattr(quantizer, key)} without semantic codebooks; set n_semantic to 1 or more")
+
+
+def _validate_distillation(config: Config, where: str) -> None:
+    """Teachers that fit the quantizer."""
+    quantizer = config.model.quantizer
+    readable = (quantizer.n_first or quantizer.n_codebooks) if quantizer.type == "ema" else 0
+    for name in ("llm", "wavlm"):
+        teacher = getattr(config.distill, name)
+        if teacher is not None and not readable:
+            raise ValueError(f"{where}: distill.{name} with model.quantizer.type={quantizer.type}, expected ema; leave one out")
+        if teacher is not None and teacher.n_codebooks > readable:
+            group = "n_semantic + n_prosodic" if quantizer.n_first else "n_codebooks"
+            raise ValueError(f"{where}: distill.{name}.n_codebooks={teacher.n_codebooks}, expected at most {group}={readable}")
 
 
 def _validate_shapes(config: Config, where: str) -> None:
@@ -641,6 +721,9 @@ def _validate_phase(config: Config, index: int, where: str) -> None:
         raise ValueError(f"{where}: phase '{phase.name}' has no loss with a weight above 0; set loss_weights")
     if (weights.adv or weights.feat) and not config.discriminators.sets:
         raise ValueError(f"{where}: phase '{phase.name}' weighs adv or feat, but discriminators.sets is empty; name some")
+    for name in ("llm", "wavlm"):
+        if getattr(weights, name) and getattr(config.distill, name) is None:
+            raise ValueError(f"{where}: phase '{phase.name}' weighs {name}, but distill.{name} is not there; name its features")
     if weights.codebook and config.model.quantizer.type == "ema":
         raise ValueError(f"{where}: loss_weights.codebook={weights.codebook}, but EMA codebooks take no gradient; "
                          "set it to 0 (commit stays)")  # fmt: skip

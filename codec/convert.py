@@ -6,6 +6,7 @@ names below are the whole conversion, and a tensor that is missing, left over or
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -246,9 +247,9 @@ def _affine(ours: str, theirs: str) -> list[Match]:
 
 def _mimi_codebooks(model: ModelConfig) -> dict[str, list[str]]:
     """Their codebooks' names, semantic and acoustic."""
-    n, n_semantic = model.quantizer.n_codebooks, model.quantizer.n_semantic
+    n, n_first = model.quantizer.n_codebooks, model.quantizer.n_first
     return {part: [f"quantizer.{part}_residual_vector_quantizer.layers.{i}.codebook" for i in range(count)]
-            for part, count in (("semantic", n_semantic), ("acoustic", n - n_semantic))}  # fmt: skip
+            for part, count in (("semantic", n_first), ("acoustic", n - n_first))}  # fmt: skip
 
 
 def _gain_and_direction(key: Match, present: dict) -> list[Match]:
@@ -480,6 +481,8 @@ def their_config(family: str, model: ModelConfig, where: str) -> DacConfig | Enc
         raise ValueError(f"{where}: {name} cannot be this model: {problem}; {advice}")
     build, read = {"dac": (_dac_config, dac_model), "encodec": (_encodec_config, encodec_model),
                    "mimi": (_mimi_config, mimi_model)}[family]  # fmt: skip
+    if model.quantizer.type == "ema" and model.quantizer.n_prosodic:
+        model = replace(model, quantizer=replace(model.quantizer, n_semantic=model.quantizer.n_first, n_prosodic=0))
     theirs = build(model)
     theirs.architectures, theirs.dtype = [name], "float32"
     differences = model_differences(read(theirs), model)
@@ -550,7 +553,7 @@ def _mimi_config(model: ModelConfig) -> MimiConfig:
         codebook_dim=quantizer.codebook_dim,
         vector_quantization_hidden_dimension=quantizer.codebook_dim,
         num_quantizers=quantizer.n_codebooks,
-        num_semantic_quantizers=quantizer.n_semantic,
+        num_semantic_quantizers=quantizer.n_first,  # prosodic ones are more of them: the same residual VQ
     )
 
 

@@ -326,16 +326,18 @@ class ConvNeXtBlock(nn.Module):
     Source: Liu et al. 2022, "A ConvNet for the 2020s"; in one dimension as in Vocos (Siuzdak 2023).
     """
 
-    def __init__(self, dim: int, expansion: int, kernel_size: int, layer_scale: float):
+    def __init__(self, dim: int, expansion: int, kernel_size: int, layer_scale: float, causal: bool = False):
         super().__init__()
-        self.depthwise = nn.Conv1d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
+        self.ahead = 0 if causal else kernel_size // 2  # frames it looks ahead
+        self.depthwise = nn.Conv1d(dim, dim, kernel_size, groups=dim)
         self.norm = nn.LayerNorm(dim)
         self.expand = nn.Linear(dim, expansion * dim)
         self.contract = nn.Linear(expansion * dim, dim)
         self.layer_scale = nn.Parameter(torch.full((dim,), layer_scale))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.depthwise(x.transpose(1, 2)).transpose(1, 2)
+        behind = self.depthwise.kernel_size[0] - 1 - self.ahead
+        y = self.depthwise(F.pad(x.transpose(1, 2), (behind, self.ahead))).transpose(1, 2)
         y = self.contract(F.gelu(self.expand(self.norm(y))))
         return x + self.layer_scale * y
 

@@ -33,7 +33,8 @@ class Codec(nn.Module):
         super().__init__()
         self.config = config
         self.encoder = build_encoder(config.encoder, config.latent_dim)
-        self.quantizer = build_quantizer(config.quantizer, config.latent_dim)
+        causal = config.encoder.type == "conv" and config.encoder.causal
+        self.quantizer = build_quantizer(config.quantizer, config.latent_dim, causal)
         self.decoder = build_decoder(config.decoder, config.latent_dim)
         self.sample_rate = config.sample_rate
         self.hop_length = config.encoder.hop_length
@@ -52,7 +53,7 @@ class Codec(nn.Module):
     @property
     def receptive_field_samples(self) -> float:
         """Samples of input that one frame of codes can depend on; infinite for a model with an LSTM."""
-        return self.encoder.receptive_field_samples
+        return self.encoder.receptive_field_samples + self.quantizer.reach_frames * self.hop_length
 
     @property
     def model_id(self) -> str:
@@ -116,13 +117,14 @@ class Codec(nn.Module):
 
         Memory does not grow with the length, but for the frames that an LSTM or a transformer takes: those are held whole.
         """
-        wav, hop, reach = self._pad(wav), self.hop_length, self.encoder.reach_samples
+        wav, hop, more = self._pad(wav), self.hop_length, math.ceil(self.quantizer.reach_frames)
+        context = math.ceil(self.encoder.reach_samples / hop) + 1
         if not len(self.encoder.tail):
-            return in_chunks(lambda x: self.encode(x, n_codebooks), wav, hop, 1, chunk_frames, math.ceil(reach / hop) + 1)
+            return in_chunks(lambda x: self.encode(x, n_codebooks), wav, hop, 1, chunk_frames, context + more)
         hop //= self.config.encoder.latent_stride
-        frames = in_chunks(self.encoder.local, wav, hop, 1, chunk_frames, math.ceil(reach / hop) + 1)
+        frames = in_chunks(self.encoder.local, wav, hop, 1, chunk_frames, math.ceil(self.encoder.reach_samples / hop) + 1)
         z = self.encoder.tail(frames).float()
-        return in_chunks(lambda x: self.quantizer.encode(x, n_codebooks), z, 1, 1, chunk_frames, 0)
+        return in_chunks(lambda x: self.quantizer.encode(x, n_codebooks), z, 1, 1, chunk_frames, more)
 
     def decode_long(self, codes: Tensor, n_samples: int | None = None, chunk_frames: int = 1000) -> Tensor:
         """`decode` in chunks, likewise."""

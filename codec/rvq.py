@@ -1,5 +1,6 @@
 """Residual vector quantizers: Euclidean with EMA codebooks, and DAC's factorised form with learnt codebooks."""
 
+from collections.abc import Container
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from codec import distributed
 from codec.config import EMAQuantizerConfig, FactorizedQuantizerConfig
+from codec.layers import ConvNeXtBlock, reach_in_samples
 
 LAPLACE_EPSILON = 1e-5
 REVIVALS_PER_STEP = 128  # dead codes replaced in one update, per codebook
@@ -23,6 +25,8 @@ class QuantizerOutput(NamedTuple):
     residuals: Tensor | None  # [N, B, T', codebook_dim], detached: what each codebook was asked to code (EMA)
     active: Tensor  # [B, N], 1 where the item uses the codebook (quantizer dropout)
     distances: Tensor | None  # [B, N], mean squared distance to the code, gradient to the encoder (EMA)
+    prefixes: tuple[Tensor, ...] = ()  # EMA: [B, T', codebook_dim] of the first 1, 2, ... codebooks, straight-through
+    entries: tuple[Tensor, ...] = ()  # EMA: [B, T', codebook_dim] chosen of each; ask autograd for what a loss sends there
 
 
 def nearest(x: Tensor, codebook: Tensor) -> Tensor:
@@ -91,46 +95,67 @@ class EMAResidualVQ(nn.Module):
     every prefix of codebooks passes gradient exactly 1 and every commitment term has a gradient.
     """
 
-    def __init__(self, config: EMAQuantizerConfig, latent_dim: int):
+    reach_frames = 0.0  # a frame of codes depends on its own frame of z alone
+
+    def __init__(self, config: EMAQuantizerConfig, latent_dim: int, own_inputs: bool = False):
         super().__init__()
         self.config = config
         n, k, d = config.n_codebooks, config.codebook_size, config.codebook_dim
         projected = d != latent_dim
         self.project_in = nn.Linear(latent_dim, d, bias=False) if projected else nn.Identity()
+        # where each codebook has an input of its own, the first so many together code that input, not the first one's
+        self.own_inputs = nn.ModuleList(nn.Linear(latent_dim, d, bias=False) for _ in range(n - 1 if own_inputs else 0))
         self.project_out = nn.Linear(d, latent_dim, bias=False) if projected else nn.Identity()
+        self.frozen: tuple[int, ...] = ()  # codebooks that update_codebooks leaves as they are
+        self.first_gradient = 1.0  # share of the output's gradient that the first input gets; the prefixes pass all of theirs
         self.register_buffer("codebooks", torch.randn(n, k, d))
         self.register_buffer("ema_count", torch.ones(n, k))
         self.register_buffer("ema_sum", self.codebooks.clone())
 
     def forward(self, z: Tensor, n_codebooks: int | None = None) -> QuantizerOutput:
         """Quantize z [B, D, T'] with the first `n_codebooks` (default: all, or as dropout draws in training)."""
-        x = self.project_in(z.transpose(1, 2))  # [B, T', d]
+        z = z.transpose(1, 2)
+        x = self.project_in(z)  # [B, T', d]
         n = n_codebooks or self.config.n_codebooks
         dropout, bypass = (self.config.dropout, self.config.bypass) if self.training else (0.0, 0.0)
         active = draw_active(len(z), n, dropout, z.device, self.config.dropout_counts)
-        live, residual, z_q = x, x, torch.zeros_like(x)
-        codes, residuals, distances = [], [], []
+        residual, z_q, output = x, 0, 0
+        codes, residuals, distances, prefixes, entries = [], [], [], [], []
         for i in range(n):
+            if i and len(self.own_inputs):
+                x = self.own_inputs[i - 1](z)
+                residual = x - z_q.detach()
             residuals.append(residual.detach())
             codes.append(nearest(residuals[-1], self.codebooks[i]))
             q = F.embedding(codes[-1], self.codebooks[i])
+            entries.append(q.requires_grad_(torch.is_grad_enabled()))
             distances.append((residual - q).square().mean((1, 2)))
-            ste = live + (q - live).detach()
+            # straight-through: an input's gradient is spent by the first codebook that reads it
+            ste = q + (x - x.detach()) if i == 0 or len(self.own_inputs) else q
             z_q = z_q + active[:, i, None, None] * ste
-            live = live - ste  # builds the output: its gradient is spent by the first step
+            prefixes.append(z_q)
+            if i == 0 and self.first_gradient != 1:
+                ste = ste.detach().lerp(ste, self.first_gradient)
+            output = output + active[:, i, None, None] * ste
             residual = residual - q  # feeds lookup and commitment: its gradient stays 1
+        z_q = output
         if bypass:
             z_q = torch.where(torch.rand(len(z), 1, 1, device=z.device) < bypass, x, z_q)
         z_q, distances = self.project_out(z_q).transpose(1, 2), torch.stack(distances, 1)
-        commit = commitment(distances, active)
-        return QuantizerOutput(z_q, torch.stack(codes, 1), commit, commit.detach(), torch.stack(residuals), active, distances)
+        commit, residuals = commitment(distances, active), torch.stack(residuals)
+        return QuantizerOutput(z_q, torch.stack(codes, 1), commit, commit.detach(), residuals, active, distances,
+                               tuple(prefixes), tuple(entries))  # fmt: skip
 
     def encode(self, z: Tensor, n_codebooks: int | None = None) -> Tensor:
         """The codes [B, n, T'] that `forward` gives, without what only training needs."""
-        residual, codes = self.project_in(z.transpose(1, 2)), []
-        for codebook in self.codebooks[:n_codebooks]:
+        z, z_q, codes = z.transpose(1, 2), 0, []
+        residual = self.project_in(z)
+        for i, codebook in enumerate(self.codebooks[:n_codebooks]):
+            if i and len(self.own_inputs):
+                residual = self.own_inputs[i - 1](z) - z_q
             codes.append(nearest(residual, codebook))
-            residual = residual - F.embedding(codes[-1], codebook)
+            q = F.embedding(codes[-1], codebook)
+            residual, z_q = residual - q, z_q + q
         return torch.stack(codes, 1)
 
     def decode(self, codes: Tensor) -> Tensor:
@@ -139,26 +164,37 @@ class EMAResidualVQ(nn.Module):
         return self.project_out(x).transpose(1, 2)
 
     @torch.no_grad()
-    def init_codebooks(self, z: Tensor, frames_per_update: int) -> None:
+    def init_codebooks(self, z: Tensor, frames_per_update: int, levels: Container[int] | None = None) -> None:
         """k-means start, level by level on what the levels before leave over; identical on all ranks.
 
         Args:
             z: [B, D, T'], the same latents on every rank (gathered).
             frames_per_update: latent frames of one training update over all ranks.
+            levels: those to start; the others stay as they are. Default all.
         """
         generator = torch.Generator().manual_seed(0)
-        residual = self.project_in(z.transpose(1, 2)).flatten(0, 1)
+        z = z.transpose(1, 2).flatten(0, 1)
+        residual = self.project_in(z)
+        z_q = torch.zeros_like(residual)
         # as if the counts had come from one update, so that the first updates are not outweighed
         scale = frames_per_update / len(residual)
         for i in range(self.config.n_codebooks):
-            means, counts = kmeans(residual, self.config.codebook_size, generator)
-            self.codebooks[i] = means
-            self.ema_count[i] = counts.clamp(min=0.5) * scale
-            # k-means yields means; EMA keeps sums, so scale by counts
-            self.ema_sum[i] = means * self.ema_count[i, :, None]
-            residual = residual - means[nearest(residual, means)]
+            if i and len(self.own_inputs):
+                residual = self.own_inputs[i - 1](z) - z_q
+            if levels is None or i in levels:
+                means, counts = kmeans(residual, self.config.codebook_size, generator)
+                self.codebooks[i] = means
+                self.ema_count[i] = counts.clamp(min=0.5) * scale
+                # k-means yields means; EMA keeps sums, so scale by counts
+                self.ema_sum[i] = means * self.ema_count[i, :, None]
+            q = self.codebooks[i][nearest(residual, self.codebooks[i])]
+            residual, z_q = residual - q, z_q + q
         for buffer in (self.codebooks, self.ema_count, self.ema_sum):
             distributed.broadcast(buffer)  # sums on a GPU differ in the last bit from run to run
+
+    def freeze_codebooks(self, levels: set[int]) -> None:
+        """Let `update_codebooks` leave these codebooks as they are."""
+        self.frozen = tuple(levels)
 
     @torch.no_grad()
     def update_codebooks(self, out: QuantizerOutput, step: int) -> None:
@@ -177,13 +213,16 @@ class EMAResidualVQ(nn.Module):
         spare = self._spare_frames(frames, step)
         packed = distributed.all_reduce_sum(torch.cat([count, total.flatten(), spare.flatten()]))
         count, total, spare = packed.split([n * k, n * k * d, spare.numel()])
-        decay = self.config.decay
+        decay, buffers = self.config.decay, (self.codebooks, self.ema_count, self.ema_sum)
+        kept = [buffer[list(self.frozen)] for buffer in buffers]
         self.ema_count.mul_(decay).add_(count.view(n, k), alpha=1 - decay)
         self.ema_sum.mul_(decay).add_(total.view(n, k, d), alpha=1 - decay)
         self._revive(spare.view(n, -1, d))
         mass = self.ema_count.sum(1, keepdim=True)
         smoothed = (self.ema_count + LAPLACE_EPSILON) / (mass + k * LAPLACE_EPSILON) * mass
         self.codebooks.copy_(self.ema_sum / smoothed[..., None])
+        for buffer, values in zip(buffers, kept):
+            buffer[list(self.frozen)] = values
 
     def _spare_frames(self, frames: Tensor, step: int) -> Tensor:
         """[N, C, d]: this rank's part of C frames drawn from all ranks' frames, zeros where another rank holds them."""
@@ -208,19 +247,26 @@ class EMAResidualVQ(nn.Module):
 class SplitResidualVQ(nn.Module):
     """Two residual VQs side by side: the semantic one and the acoustic one both read z, and their outputs are added.
 
-    A semantic codebook can then be trained toward meaning without what it drops being asked of it as a residual.
+    A semantic codebook can then be trained toward meaning without what it drops being asked of it as a residual. Prosodic
+    codebooks follow the semantic ones in the first of the two and code what they leave over.
 
-    Source: Défossez et al. 2024 (Moshi), section 3.3.3. Dropout leaves the semantic codebooks in place; bypass is
-    drawn for each of the two by itself.
+    Source: Défossez et al. 2024 (Moshi), section 3.3.3, for one semantic codebook. Dropout leaves the first group in place;
+    bypass is drawn for each of the two by itself.
     """
 
-    def __init__(self, config: EMAQuantizerConfig, latent_dim: int):
+    def __init__(self, config: EMAQuantizerConfig, latent_dim: int, causal: bool = False):
         super().__init__()
-        self.config, n_semantic = config, config.n_semantic
-        counts = tuple(count - n_semantic for count in config.dropout_counts)
-        self.semantic = EMAResidualVQ(replace(config, n_codebooks=n_semantic, dropout=0.0), latent_dim)
+        self.config, n_first = config, config.n_first
+        counts = tuple(count - n_first for count in config.dropout_counts)
+        # scaled by 0 they change nothing at first: a codec that is given such blocks later goes on as it was
+        self.path = nn.Sequential(*[ConvNeXtBlock(latent_dim, 3, 7, 0.0, causal) for _ in range(config.semantic_blocks)])
+        decay = config.semantic_decay or config.decay
+        self.semantic = EMAResidualVQ(
+            replace(config, n_codebooks=n_first, dropout=0.0, decay=decay), latent_dim, config.semantic_inputs == "own"
+        )
+        self.semantic.first_gradient = config.semantic_gradient
         self.acoustic = EMAResidualVQ(
-            replace(config, n_codebooks=config.n_codebooks - n_semantic, dropout_counts=counts), latent_dim
+            replace(config, n_codebooks=config.n_codebooks - n_first, dropout_counts=counts), latent_dim
         )
 
     @property
@@ -228,39 +274,57 @@ class SplitResidualVQ(nn.Module):
         """[N, K, codebook_dim]."""
         return torch.cat([self.semantic.codebooks, self.acoustic.codebooks])
 
+    @property
+    def reach_frames(self) -> float:
+        """Frames of z that one frame of codes can depend on, minus 1."""
+        return reach_in_samples(self.path)
+
     def forward(self, z: Tensor, n_codebooks: int | None = None) -> QuantizerOutput:
         """Quantize z [B, D, T'] with the first `n_codebooks` (default: all, or as dropout draws in training)."""
-        n, n_semantic = n_codebooks or self.config.n_codebooks, self.config.n_semantic
-        semantic = self.semantic(z, min(n, n_semantic))
-        if n <= n_semantic:
+        n, n_first = n_codebooks or self.config.n_codebooks, self.config.n_first
+        semantic = self.semantic(self.toward_meaning(z), min(n, n_first))
+        if n <= n_first:
             return semantic
-        acoustic = self.acoustic(z, n - n_semantic)
+        acoustic = self.acoustic(z, n - n_first)
         codes, active, distances = (torch.cat([getattr(part, name) for part in (semantic, acoustic)], 1)
                                     for name in ("codes", "active", "distances"))  # fmt: skip
         commit, residuals = commitment(distances, active), torch.cat([semantic.residuals, acoustic.residuals])
         z_q = semantic.z_q + acoustic.z_q
-        return QuantizerOutput(z_q, codes, commit, commit.detach(), residuals, active, distances)
+        return QuantizerOutput(z_q, codes, commit, commit.detach(), residuals, active, distances,
+                               semantic.prefixes, semantic.entries)  # fmt: skip
+
+    def toward_meaning(self, z: Tensor) -> Tensor:
+        """What the first group quantizes: z [B, D, T'] through blocks of its own, where it has some."""
+        return self.path(z.transpose(1, 2)).transpose(1, 2) if len(self.path) else z
 
     def encode(self, z: Tensor, n_codebooks: int | None = None) -> Tensor:
         """As `EMAResidualVQ.encode`."""
-        n, n_semantic = n_codebooks or self.config.n_codebooks, self.config.n_semantic
-        semantic = self.semantic.encode(z, min(n, n_semantic))
-        return torch.cat([semantic, self.acoustic.encode(z, n - n_semantic)], 1) if n > n_semantic else semantic
+        n, n_first = n_codebooks or self.config.n_codebooks, self.config.n_first
+        semantic = self.semantic.encode(self.toward_meaning(z), min(n, n_first))
+        return torch.cat([semantic, self.acoustic.encode(z, n - n_first)], 1) if n > n_first else semantic
 
     def decode(self, codes: Tensor) -> Tensor:
         """Codes [B, n, T'] of the first n codebooks to z_q [B, D, T']."""
-        semantic, acoustic = codes[:, : self.config.n_semantic], codes[:, self.config.n_semantic :]
+        semantic, acoustic = codes[:, : self.config.n_first], codes[:, self.config.n_first :]
         z_q = self.semantic.decode(semantic)
         return z_q + self.acoustic.decode(acoustic) if acoustic.shape[1] else z_q
 
-    def init_codebooks(self, z: Tensor, frames_per_update: int) -> None:
+    def init_codebooks(self, z: Tensor, frames_per_update: int, levels: Container[int] | None = None) -> None:
         """As `EMAResidualVQ.init_codebooks`."""
-        for part in (self.semantic, self.acoustic):
-            part.init_codebooks(z, frames_per_update)
+        n, n_first = self.config.n_codebooks, self.config.n_first
+        chosen = [i for i in range(n) if levels is None or i in levels]
+        self.semantic.init_codebooks(self.toward_meaning(z), frames_per_update, [i for i in chosen if i < n_first])
+        self.acoustic.init_codebooks(z, frames_per_update, [i - n_first for i in chosen if i >= n_first])
+
+    def freeze_codebooks(self, levels: set[int]) -> None:
+        """As `EMAResidualVQ.freeze_codebooks`."""
+        n = self.config.n_first
+        self.semantic.freeze_codebooks({level for level in levels if level < n})
+        self.acoustic.freeze_codebooks({level - n for level in levels if level >= n})
 
     def update_codebooks(self, out: QuantizerOutput, step: int) -> None:
         """As `EMAResidualVQ.update_codebooks`."""
-        n = self.config.n_semantic
+        n = self.config.n_first
         for part, rows in ((self.semantic, slice(None, n)), (self.acoustic, slice(n, None))):
             chosen = {"codes": out.codes[:, rows], "residuals": out.residuals[rows], "active": out.active[:, rows]}
             part.update_codebooks(out._replace(**chosen), step)
@@ -290,6 +354,8 @@ class FactorizedResidualVQ(nn.Module):
     Source: Kumar et al. 2023 (DAC), section 3.2, after Yu et al. 2021. The residual stays live as in DAC: the
     projections of each level keep part of it, so later commitment terms keep a gradient too.
     """
+
+    reach_frames = 0.0
 
     def __init__(self, config: FactorizedQuantizerConfig, latent_dim: int):
         super().__init__()
@@ -338,9 +404,9 @@ class FactorizedResidualVQ(nn.Module):
 
 
 def build_quantizer(
-    config: EMAQuantizerConfig | FactorizedQuantizerConfig, latent_dim: int
+    config: EMAQuantizerConfig | FactorizedQuantizerConfig, latent_dim: int, causal: bool = False
 ) -> EMAResidualVQ | SplitResidualVQ | FactorizedResidualVQ:
-    """The quantizer that `quantizer.type` names, split where it has semantic codebooks."""
+    """The quantizer that `quantizer.type` names, split where it has semantic codebooks; `causal`: semantic blocks are."""
     if config.type == "factorized":
         return FactorizedResidualVQ(config, latent_dim)
-    return (SplitResidualVQ if config.n_semantic else EMAResidualVQ)(config, latent_dim)
+    return SplitResidualVQ(config, latent_dim, causal) if config.n_first else EMAResidualVQ(config, latent_dim)

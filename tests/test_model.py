@@ -42,6 +42,9 @@ MODELS = {
                           residual_conv_shortcut=True, **SEANET),
     "Mimi": conv_model((2, 5), replace(EMA, n_semantic=1), False, {"output": "linear"}, transformer=TRANSFORMER,
                        latent_stride=2, weight_norm=False, **SEANET),
+    "Amy": conv_model((2, 5), replace(EMA, n_codebooks=4, n_semantic=1, n_prosodic=1, semantic_blocks=2), False,
+                      {"output": "linear"}, transformer=TRANSFORMER, latent_stride=2, weight_norm=False, **SEANET),
+    "semantic blocks": conv_model((2, 5), replace(EMA, n_semantic=1, semantic_blocks=1)),
     "spectral": ModelConfig(8000, 12, SpectralConfig("spectral", 80, 20, 16, 2), EMA,
                             SpectralConfig("spectral", 80, 20, 16, 2)),
     "factorised": conv_model((2, 5), FACTORIZED),
@@ -60,6 +63,8 @@ def make(config: ModelConfig) -> Codec:
     for name, parameter in [*codec.encoder.named_parameters(), *codec.quantizer.named_parameters()]:
         if name.endswith("bias"):
             parameter.zero_()
+        elif name.endswith("layer_scale"):  # of semantic blocks, which start at 0
+            parameter.fill_(0.5)
     if config.quantizer.type == "ema":
         codec.quantizer.init_codebooks(codec.encoder(speech(7920).double()).float(), 50)
     return codec
@@ -76,7 +81,7 @@ def test_any_length_comes_back_at_its_length(config, n_samples):
     wav = speech(1001)[..., :n_samples]
     out = codec(wav)
     n_frames = -(-n_samples // codec.hop_length)
-    assert out.wav_hat.shape == wav.shape and out.quantized.codes.shape == (1, 3, n_frames)
+    assert out.wav_hat.shape == wav.shape and out.quantized.codes.shape == (1, codec.n_codebooks, n_frames)
     assert out.z.shape == (1, 12, n_frames) and out.wav_hat.isfinite().all()
     codes = codec.encode(wav)
     assert torch.equal(codes, out.quantized.codes)

@@ -1,0 +1,300 @@
+"""Heads, their loss, the gradients they send, and the loop with teachers."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.data import default_collate
+
+from codec.config import parse_config, phase_config
+from codec.data import SegmentDataset, read_manifest
+from codec.distill import DistilledSegments, Heads, codebook_gradients, masked_mean, open_teachers
+from codec.features import FeatureStore, Targets, finish, write_frames, write_tokens
+from codec.model import Codec
+from tests.conftest import TINY, speech_like
+from train_codec_gan import build, freeze, load_initial, train, train_step
+
+SPLIT = TINY.replace("n_codebooks: 3, codebook_size: 16, codebook_dim: 8,",
+                     "n_codebooks: 4, codebook_size: 16, codebook_dim: 8, n_semantic: 1, n_prosodic: 1,")  # fmt: skip
+
+
+def write_teachers(folder, manifest, seed=0):
+    """Two small teachers over every utterance: frames at 50 Hz that follow the level, and three tokens each."""
+    rng = np.random.default_rng(seed)
+    names = []
+    for split in ("train", "val"):
+        for u in read_manifest(manifest, split, 8000):
+            names.append(u.name)
+            duration_s = u.n_samples / 8000
+            frames = torch.from_numpy(rng.standard_normal((int(duration_s * 50), 6)).astype(np.float32)) + 2
+            write_frames(folder / "wavlm", u.name, frames, u, 8000)
+            third = duration_s / 3
+            spans = torch.tensor([[0, 0.9 * third], [third, 1.9 * third], [2 * third, 2.9 * third]])
+            write_tokens(folder / "llm", u.name, torch.randn(3, 5) + 1, spans, u, 8000)
+    finish(folder / "wavlm", {"kind": "frames", "teacher": "t", "layer": -1, "dim": 6, "frame_s": 0.02,
+                              "first_centre_s": 0.01}, names)  # fmt: skip
+    finish(folder / "llm", {"kind": "tokens", "teacher": "t", "layer": -2, "dim": 5}, names)
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory, manifest):
+    folder = tmp_path_factory.mktemp("features")
+    write_teachers(folder, manifest)
+    return folder
+
+
+def distilled(features, manifest, overrides=(), head="mlp", objective="cosine"):
+    teachers = []
+    for name, dim, n in (("llm", 5, 1), ("wavlm", 6, 2)):
+        teacher = {"features": str(features / name), "dim": dim, "n_codebooks": n, "head": head, "hidden_dim": 8}
+        teachers.append(f"distill.{name}={json.dumps(teacher | {'objective': objective})}")
+    weights = ["loss_weights.llm=1", "loss_weights.wavlm=1"]
+    return parse_config(SPLIT.replace("MANIFEST", str(manifest)), "amy.yaml", [*teachers, *weights, *overrides])
+
+
+def set_up(config):
+    teachers = open_teachers(config.distill)
+    utterances = read_manifest(config.data.manifest, "train", 8000)
+    segments = DistilledSegments(SegmentDataset(utterances, config.data.segment_samples, 0), teachers, 20, 8000)
+    return build(config, torch.device("cpu"), teachers), segments
+
+
+@pytest.mark.parametrize("head", ["linear", "mlp", "conv"])
+@pytest.mark.parametrize("objective", ["cosine", "mse"])
+def test_the_logged_loss_is_one_minus_cosine_whatever_is_minimised(features, manifest, head, objective):
+    config = distilled(features, manifest, head=head, objective=objective)
+    teachers = open_teachers(config.distill)
+    heads = Heads(config.distill, 8, teachers)
+    prefixes = (torch.randn(2, 7, 8), torch.randn(2, 7, 8))
+    targets = {"llm": Targets(torch.randn(2, 7, 5), torch.ones(2, 7)), "wavlm": Targets(torch.randn(2, 7, 6), torch.ones(2, 7))}
+    for index, (name, store) in enumerate(teachers.items()):
+        prediction = heads.heads[name](prefixes[index]) + (store.mean if objective == "mse" else 0)
+        by_hand = 1 - F.cosine_similarity(prediction, targets[name].values, -1).mean()
+        loss, logged = heads(prefixes, targets)[name]
+        torch.testing.assert_close(logged, by_hand)
+        assert loss.requires_grad and not logged.requires_grad
+
+
+def test_frames_without_a_target_count_nothing():
+    values = torch.tensor([[1.0, 5.0, 3.0]])
+    assert masked_mean(values, torch.tensor([[1.0, 0.0, 1.0]])) == 2.0
+    assert masked_mean(values, torch.zeros(1, 3)) == 0.0
+    unmasked = values.mean()
+    assert unmasked != 2.0  # the wrong version
+
+
+def test_the_constant_loss_is_what_the_best_constant_reaches(features, manifest):
+    store = FeatureStore(features / "wavlm")
+    vectors = []
+    for utterance in [*read_manifest(manifest, "train", 8000), *read_manifest(manifest, "val", 8000)]:
+        values, mask = store.targets(utterance, 0, utterance.n_samples // 160, 160, 8000)
+        vectors.append(values[mask > 0])
+    vectors = torch.cat(vectors)
+    at_the_mean = (1 - F.cosine_similarity(store.mean[None], vectors, -1)).mean().item()
+    assert at_the_mean == pytest.approx(store.constant_loss, abs=0.01)
+    constants = torch.nn.Parameter(torch.randn(6))
+    optimizer = torch.optim.Adam([constants], 0.05)
+    for _ in range(300):
+        loss = (1 - F.cosine_similarity(constants[None], vectors, -1)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() == pytest.approx(at_the_mean, abs=0.003)
+
+
+def test_each_teacher_reaches_the_codebooks_it_reads_and_no_other(features, manifest):
+    t, segments = set_up(distilled(features, manifest))
+    wav, targets = default_collate([segments[i] for i in range(3)])
+    out = t.codec(wav)
+    taught = t.heads(out.quantized.prefixes, targets)
+    losses = {name: loss for name, (loss, _) in taught.items()} | {"wave": out.wav_hat.square().mean()}
+    log = codebook_gradients(losses, out.quantized.entries)
+    assert log["grad_llm_to_0"] > 0 and log["grad_llm_to_1"] == 0  # codebook 0 alone is read by the language model's head
+    assert log["grad_wavlm_to_0"] == log["grad_wavlm_to_1"] > 0  # their sum moves with each of them alike
+    assert log["grad_wave_to_0"] == log["grad_wave_to_1"] > 0
+    assert all(-1.001 <= log[name] <= 1.001 for name in ("pull_llm_wavlm", "pull_llm_rest", "pull_wavlm_rest"))
+
+
+def test_gradients_into_codebooks_equal_finite_differences(features, manifest):
+    t, segments = set_up(distilled(features, manifest))
+    wav, targets = default_collate([segments[i] for i in range(2)])
+    codec, heads = t.codec.double().eval(), t.heads.double()
+    targets = {name: Targets(values.double(), mask.double()) for name, (values, mask) in targets.items()}
+    z = codec.encoder(wav.double())
+
+    def wavlm(moved: int, step: torch.Tensor) -> float:
+        prefixes = list(codec.quantizer(z).prefixes)
+        for i in range(moved, 2):  # a codebook's entry is part of every prefix that holds it
+            prefixes[i] = prefixes[i] + step
+        return heads(tuple(prefixes), targets)["wavlm"][0]
+
+    quantized = codec.quantizer(z)
+    log = codebook_gradients({"wavlm": heads(quantized.prefixes, targets)["wavlm"][0]}, quantized.entries)
+    for level in (0, 1):
+        zero = torch.zeros_like(quantized.entries[0], requires_grad=True)
+        (exact,) = torch.autograd.grad(wavlm(level, zero), zero)
+        direction = exact / exact.norm()
+        slope = (wavlm(level, 1e-5 * direction) - wavlm(level, -1e-5 * direction)) / 2e-5
+        assert slope.item() == pytest.approx(log[f"grad_wavlm_to_{level}"].item(), rel=1e-5)
+
+
+def test_a_stopped_gradient_keeps_reconstruction_out_of_the_first_group_but_not_the_teachers(features, manifest):
+    received = {}
+    for share in (0.0, 0.25, 1.0):
+        t, segments = set_up(distilled(features, manifest, [f"model.quantizer.semantic_gradient={share}"]))
+        wav, targets = default_collate([segments[i] for i in range(2)])
+        out = t.codec(wav)
+        weight = t.codec.quantizer.semantic.project_in.weight
+        taught = t.heads(out.quantized.prefixes, targets)["wavlm"][0]
+        for name, loss in (("wave", out.wav_hat.square().mean()), ("wavlm", taught)):
+            (grad,) = torch.autograd.grad(loss, weight, retain_graph=True, allow_unused=True)
+            received[name, share] = grad.norm().item()
+    assert received["wave", 0.0] == 0 and received["wavlm", 0.0] == pytest.approx(received["wavlm", 1.0], rel=1e-4)
+    assert received["wave", 0.25] == pytest.approx(0.25 * received["wave", 1.0], rel=1e-4)
+
+
+def test_a_step_logs_every_figure_of_a_distillation_and_moves_the_heads(features, manifest):
+    config = distilled(features, manifest)
+    t, segments = set_up(config)
+    before = {name: value.clone() for name, value in t.heads.state_dict().items()}
+    wav, targets = default_collate([segments[i] for i in range(4)])
+    log = train_step(wav, t, phase_config(config, 1), 4, targets=targets)
+    for name in ("llm", "wavlm", "wavlm_llm_ratio", "llm_frames", "grad_mel_to_0", "grad_adv_to_1", "pull_wavlm_rest"):
+        assert torch.isfinite(log[name]), name
+    assert log["wavlm_similarity"] == 1 - log["wavlm"]
+    assert all((t.heads.state_dict()[name] != value).any() for name, value in before.items())  # in the optimizer, all of them
+
+
+def test_a_batch_without_words_trains_on_and_logs_no_number(features, manifest):
+    config = distilled(features, manifest)
+    t, segments = set_up(config)
+    wav, targets = default_collate([segments[i] for i in range(4)])
+    targets["llm"] = Targets(targets["llm"].values * 0, targets["llm"].mask * 0)
+    log = train_step(wav, t, phase_config(config, 0), 0, targets=targets)
+    assert log["skipped_g"] == 0 and torch.isnan(log["llm"]) and torch.isfinite(log["wavlm"]) and torch.isfinite(log["loss_g"])
+
+
+def test_heads_learn_at_their_own_rate(features, manifest):
+    config = distilled(features, manifest, ["optim.lr_scale_heads=5", "optim.lr_scale_projections=0.5"])
+    t, segments = set_up(config)
+    wav, targets = default_collate([segments[i] for i in range(2)])
+    train_step(wav, t, phase_config(config, 0), 0, targets=targets)
+    rates = {p: group["lr"] for group in t.optimizer_g.param_groups for p in group["params"]}
+    assert {rates[p] for p in t.heads.parameters()} == {5e-3}
+    assert {rates[p] for p in t.codec.quantizer.parameters()} == {5e-4}
+    assert {rates[p] for p in t.codec.encoder.parameters()} == {1e-3}
+
+
+@pytest.mark.parametrize("parts", [
+    ("encoder",), ("decoder", "quantizer.acoustic"), ("codebooks.0", "quantizer.semantic.project_in")
+])  # fmt: skip
+def test_frozen_parts_stay_as_they_are_and_the_others_move(features, manifest, parts):
+    config = distilled(features, manifest, [f"train.freeze={json.dumps(parts)}"])
+    t, segments = set_up(config)
+    before = {name: value.clone() for name, value in t.codec.state_dict().items()}
+    for step in range(2):
+        wav, targets = default_collate([segments[step + i] for i in range(4)])
+        train_step(wav, t, phase_config(config, 0), step, targets=targets)
+    for name, value in t.codec.state_dict().items():
+        if name == "quantizer.semantic.codebooks":
+            frozen = [False, False] if "codebooks.0" not in parts else [True, False]
+            assert [torch.equal(value[i], before[name][i]) for i in (0, 1)] == frozen
+        elif "ema_" not in name:
+            moved = not torch.equal(value, before[name])
+            assert moved != any(name.startswith(part) for part in parts), name
+
+
+def test_a_part_that_is_none_is_refused(features, manifest):
+    with pytest.raises(ValueError, match="train.freeze: 'encodr' names no part"):
+        freeze(Codec(distilled(features, manifest).model), ("encodr",))
+
+
+def test_a_run_with_teachers_trains_validates_saves_and_resumes_to_the_bit(features, manifest, tmp_path):
+    config = distilled(features, manifest)
+    train(config, tmp_path / "whole", False, torch.device("cpu"))
+    first = replace(config, train=replace(config.train, max_minutes=1e-6))
+    while not (tmp_path / "parts" / "checkpoints" / "step_00000008").is_dir():
+        train(first, tmp_path / "parts", (tmp_path / "parts").exists(), torch.device("cpu"))
+    whole, parts = (tmp_path / name / "checkpoints" / "step_00000008" for name in ("whole", "parts"))
+    assert (whole / "heads.safetensors").read_bytes() == (parts / "heads.safetensors").read_bytes()
+    assert (whole / "model.safetensors").read_bytes() == (parts / "model.safetensors").read_bytes()
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert any("val/wavlm_step" in line for line in lines) and any("train/llm_epoch" in line for line in lines)
+
+
+def test_a_grown_codec_keeps_every_code_it_had_and_its_new_codebook_codes_the_residual(features, manifest, tmp_path):
+    small = parse_config(SPLIT.replace(", n_prosodic: 1", "").replace("n_codebooks: 4", "n_codebooks: 5"), "mimi.yaml")
+    torch.manual_seed(3)
+    old = Codec(small.model)
+    wav = torch.from_numpy(speech_like(4000))[None, None]
+    old.quantizer.init_codebooks(old.encoder(wav).detach(), 100)
+    old.eval().save_pretrained(tmp_path / "mimi")
+    config = distilled(features, manifest, [f"train.init_from={tmp_path / 'mimi'}", "phases.0.steps=0", "phases.1.steps=1"])
+    t, _ = set_up(config)
+    assert load_initial(tmp_path / "mimi", t, config) == (False, range(1, 2))
+    codes = old.encode(wav)
+    t.codec.eval()
+    grown = t.codec.encode(wav)
+    assert torch.equal(grown[:, 0], codes[:, 0]) and torch.equal(grown[:, 2:], codes[:, 1:3])  # acoustic ones: the first two
+    z = t.codec.encoder(wav)
+    t.codec.quantizer.init_codebooks(z, 100, range(1, 2))
+    part = t.codec.quantizer.semantic
+    x = part.project_in(z.transpose(1, 2))
+    residual = x - F.embedding(part.encode(z, 1)[:, 0], part.codebooks[0])
+    after = residual - F.embedding(part.encode(z, 2)[:, 1], part.codebooks[1])
+    assert after.square().mean() < 0.6 * residual.square().mean()  # k-means on the latent itself would make it larger
+    wrong = residual - F.embedding((residual @ part.codebooks[0].T).argmax(-1), part.codebooks[0])
+    assert wrong.square().mean() > after.square().mean()
+    assert torch.equal(t.codec.encode(wav)[:, 0], codes[:, 0])
+
+
+@pytest.mark.parametrize("override, message", [
+    ("loss_weights.llm=1", "phase 'warm-up' weighs llm, but distill.llm is not there"),
+    ("model.quantizer.n_prosodic=1", "model.quantizer.n_prosodic=1 without semantic codebooks"),
+    ("distill.llm={features: x, dim: 4, n_codebooks: 9}", "distill.llm.n_codebooks=9, expected at most n_codebooks=3"),
+    ("distill.wavlm={features: x, dim: 4, n_codebooks: 1, head: deep}", "distill.wavlm.head='deep', expected linear | mlp"),
+    ("distill.wavlm={features: x, n_codebooks: 1}", "distill.wavlm.dim is missing"),
+])  # fmt: skip
+def test_what_a_config_gets_wrong_is_named(override, message):
+    with pytest.raises(ValueError, match=message.replace("|", r"\|").replace(".", r"\.")):
+        parse_config(TINY, "a.yaml", [override])
+
+
+def test_a_teacher_of_another_width_is_refused_before_training(features, manifest):
+    config = distilled(features, manifest, ["distill.wavlm.dim=7"])
+    with pytest.raises(ValueError, match="features of width 6, distill.wavlm.dim=7; set it to 6"):
+        open_teachers(config.distill)
+
+
+def test_with_inputs_of_their_own_reconstruction_shapes_the_second_input_and_the_teachers_both(features, manifest):
+    overrides = ["model.quantizer.semantic_inputs=own", "model.quantizer.semantic_gradient=0"]
+    t, segments = set_up(distilled(features, manifest, overrides))
+    wav, targets = default_collate([segments[i] for i in range(2)])
+    out = t.codec(wav)
+    group = t.codec.quantizer.semantic
+    weights = [group.project_in.weight, group.own_inputs[0].weight]
+    llm, wavlm = (loss for loss, _ in t.heads(out.quantized.prefixes, targets).values())
+    received = {}
+    for name, loss in (("wave", out.wav_hat.square().mean()), ("llm", llm), ("wavlm", wavlm)):
+        grads = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)
+        received[name] = [0 if grad is None else grad.norm().item() for grad in grads]
+    assert received["wave"][0] == 0 and received["wave"][1] > 0
+    assert received["llm"][0] > 0 and received["llm"][1] == 0
+    assert min(received["wavlm"]) > 0
+
+
+def test_with_inputs_of_their_own_the_sum_of_codebooks_codes_the_last_input(features, manifest):
+    t, segments = set_up(distilled(features, manifest, ["model.quantizer.semantic_inputs=own"]))
+    codec = t.codec.eval()
+    z = codec.encoder(torch.stack([segments.segments[i] for i in range(8)])).detach()
+    group = codec.quantizer.semantic
+    group.init_codebooks(z, 100)
+    out = group(z)
+    second = group.own_inputs[0](z.transpose(1, 2))
+    alone = (second - out.prefixes[0]).square().mean()
+    assert (second - out.prefixes[1]).square().mean() < 0.5 * alone
+    assert torch.equal(out.codes, group.encode(z))
+    torch.testing.assert_close(group.decode(out.codes), out.z_q)
