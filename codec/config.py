@@ -195,6 +195,7 @@ class TeacherConfig:
     n_codebooks: int  # how many of the first codebooks, added up, are read
     head: Literal["linear", "mlp", "conv"] = "mlp"  # from codebook_dim to dim
     hidden_dim: int = 512  # of mlp and conv
+    normalize: bool = True  # codes to zero mean and unit variance before the head; their own scale is small
     objective: Literal["cosine", "mse"] = "cosine"  # mse: regress the unit vectors, from their mean on
 
 
@@ -430,14 +431,16 @@ def fitting_configs(model: ModelConfig, folder: str | Path) -> list[str]:
 def can_grow(there: ModelConfig, here: ModelConfig) -> bool:
     """Whether weights of a split quantizer can go on with more prosodic or fewer acoustic codebooks (`checkpoint.grow`)."""
     a, b = there.quantizer, here.quantizer
-    if not a.type == b.type == "ema" or not 0 < a.n_semantic == b.n_semantic or a.semantic_blocks not in (0, b.semantic_blocks):
+    if not a.type == b.type == "ema" or not 0 < a.n_semantic == b.n_semantic:
+        return False
+    if a.semantic_blocks not in (0, b.semantic_blocks) or a.semantic_inputs not in ("shared", b.semantic_inputs):
         return False
     return a.n_prosodic <= b.n_prosodic and a.n_codebooks - a.n_first >= b.n_codebooks - b.n_first
 
 
 def grown(there: ModelConfig, here: ModelConfig) -> ModelConfig:
-    """The model `there` with as many codebooks and semantic blocks as `here`."""
-    keys = ("n_codebooks", "n_prosodic", "semantic_blocks")
+    """The model `there` with as many codebooks, semantic blocks and inputs as `here`."""
+    keys = ("n_codebooks", "n_prosodic", "semantic_blocks", "semantic_inputs")
     same = {key: getattr(here.quantizer, key) for key in keys}
     return dataclasses.replace(there, quantizer=dataclasses.replace(there.quantizer, **same))
 

@@ -62,10 +62,11 @@ class Head(nn.Module):
             self.context = nn.Sequential(nn.Conv1d(codebook_dim, hidden, 1), nn.GELU())
         else:
             self.context, hidden = nn.Identity(), codebook_dim
+        self.norm = nn.BatchNorm1d(codebook_dim, affine=False) if config.normalize else nn.Identity()
         self.out = nn.Linear(hidden, config.dim)
 
     def forward(self, prefix: Tensor) -> Tensor:
-        return self.out(self.context(prefix.transpose(1, 2)).transpose(1, 2))
+        return self.out(self.context(self.norm(prefix.transpose(1, 2))).transpose(1, 2))
 
 
 class Heads(nn.Module):

@@ -140,6 +140,8 @@ class EMAResidualVQ(nn.Module):
             residual = residual - q  # feeds lookup and commitment: its gradient stays 1
         z_q = output
         if bypass:
+            if not len(self.own_inputs):
+                x = x.detach().lerp(x, self.first_gradient)
             z_q = torch.where(torch.rand(len(z), 1, 1, device=z.device) < bypass, x, z_q)
         z_q, distances = self.project_out(z_q).transpose(1, 2), torch.stack(distances, 1)
         commit, residuals = commitment(distances, active), torch.stack(residuals)
