@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_, parametrize
@@ -52,7 +53,7 @@ from codec.config import (
 )
 from codec.data import SegmentDataset, StepSampler, read_manifest, segment_loader
 from codec.discriminator import Discriminators
-from codec.distill import DistilledSegments, Heads, Teachers, codebook_gradients, constant_loss, open_teachers
+from codec.distill import DistilledSegments, Heads, Teachers, codebook_gradients, masked_mean, open_teachers
 from codec.features import Targets
 from codec.files import write_atomically
 from codec.layers import Transformer
@@ -66,11 +67,12 @@ from codec.losses import (
     scale_loss,
     waveform_loss,
 )
-from codec.model import Codec
+from codec.model import Codec, CodecOutput
 from codec.pretrained import read_model, resolve
 from codec.runlog import EpochMeans, RunLog
 
 ONLY_AT_START = ("init_from", "disc_warmup_steps")  # keys of train without a say in a resumed run; a warm-up can end early
+PROJECTIONS = ("project_in", "project_out", "own_inputs", "in_proj", "out_proj")  # of a quantizer
 VAL_SEED = 12345  # validation segments are the same in every run on the same data
 
 
@@ -147,21 +149,17 @@ def train_step(
         terms["feat"] = feature_matching_loss(features_real, features_fake, losses.feat_relative, losses.feat_flat)
     aside = weights.commit * out.quantized.commit + weights.codebook * out.quantized.codebook
     if targets:
-        taught = t.heads(out.quantized.prefixes, targets)
-        aside = aside + sum(getattr(weights, name) * loss for name, (loss, _) in taught.items())
-        log |= distillation_log(taught, targets)
-    loss_g = sum(getattr(weights, name) * term for name, term in terms.items()) + aside
-    if targets and (step + 1) % config.train.log_every == 0:
-        losses = {name: getattr(weights, name) * term for name, term in terms.items()}
-        losses |= {name: getattr(weights, name) * loss for name, (loss, _) in taught.items()}
-        log |= codebook_gradients(losses, out.quantized.entries)
-    t.optimizer_g.zero_grad()
-    if t.balancer is None:
-        loss_g.backward()
-    else:  # the gradient at the output is given, so one backward remains and DDP synchronises as ever
+        taught = {name: getattr(weights, name) * loss for name, loss in distillation_terms(out, targets, t, log).items()}
+        aside = aside + sum(taught.values())
+    signal = {name: getattr(weights, name) * term for name, term in terms.items()}
+    loss_g = sum(signal.values()) + aside
+    if t.balancer:  # the gradient at the output is given, so one backward remains and DDP synchronises as ever
         weighted = {name: (term, getattr(weights, name)) for name, term in terms.items() if getattr(weights, name) > 0}
-        balanced = t.balancer(weighted, out.wav_hat)
-        ((out.wav_hat * balanced).sum() + aside).backward()
+        signal = {"balanced": (out.wav_hat * t.balancer(weighted, out.wav_hat)).sum()}
+    if targets and (step + 1) % config.train.log_every == 0 and out.quantized.entries[0].requires_grad:
+        log |= codebook_gradients(signal | taught, out.quantized.entries)
+    t.optimizer_g.zero_grad()
+    (sum(signal.values()) + aside).backward()
     log["grad_norm_g"] = clip_grad_norm_([*t.codec.parameters(), *t.heads.parameters()], optim.max_grad_norm_g)
     log["skipped_g"] = non_finite_anywhere(loss_g, log["grad_norm_g"])
     if not log["skipped_g"]:
@@ -174,16 +172,16 @@ def train_step(
     return log | {"adv_g" if name == "adv" else name: value.detach() for name, value in terms.items()}
 
 
-def distillation_log(taught: dict[str, tuple[Tensor, Tensor]], targets: dict[str, Targets]) -> dict[str, Tensor]:
-    """Losses and similarities by teacher, the share of frames that had a target, and the ratio of two teachers' losses."""
-    log = {}
-    for name, (_, loss) in taught.items():
-        log[f"{name}_frames"] = targets[name].mask.mean()
-        log[name] = torch.where(log[f"{name}_frames"] > 0, loss, math.nan)  # a batch without words says nothing
+def distillation_terms(out: CodecOutput, targets: dict[str, Targets], t: Training, log: dict) -> dict[str, Tensor]:
+    """1 - cosine with each teacher over the frames that have a target; adds to `log` what one wants to see of it."""
+    terms = {name: masked_mean(loss, targets[name].mask) for name, loss in t.heads(out.quantized.prefixes, targets).items()}
+    for name, term in terms.items():
+        log[f"{name}_frames"] = distributed.mean_over_ranks(targets[name].mask.mean())
+        log[name] = torch.where(log[f"{name}_frames"] > 0, term.detach(), math.nan)  # a batch without words says nothing
         log[f"{name}_similarity"] = 1 - log[name]
-    if len(taught) == 2:
+    if len(terms) == 2:
         log["wavlm_llm_ratio"] = log["wavlm"] / log["llm"]
-    return log
+    return terms
 
 
 def reconstruction_terms(wav: Tensor, wav_hat: Tensor, t: Training, config: Config) -> dict[str, Tensor]:
@@ -255,13 +253,15 @@ def validate(t: Training, val: DistilledSegments, config: Config, device: torch.
     share = -(-config.data.val_segments // distributed.world_size())
     first = distributed.rank() * share
     codec.eval()
-    per_item, codes, taught = [], [], []
+    per_item, codes, taught = [], [], {name: torch.zeros(3, device=device) for name in val.teachers}
     for index in range(first, first + share):
         wav, targets = default_collate([val[index]])
         wav, targets = wav.to(device), to_device(targets, device)
         out = codec(wav)
-        taught.append({name: torch.stack([loss, constant_loss(val.teachers[name].mean.to(device), targets[name])])
-                       for name, (_, loss) in heads(out.quantized.prefixes, targets).items()})  # fmt: skip
+        for name, loss in heads(out.quantized.prefixes, targets).items():
+            values, mask = targets[name]
+            constant = 1 - F.cosine_similarity(val.teachers[name].mean.to(device), values, -1)
+            taught[name] += torch.stack([(loss * mask).sum(), (constant * mask).sum(), mask.sum()])
         codes.append(out.quantized.codes)
         per_item.append(torch.stack([metrics.snr_db(wav, out.wav_hat), metrics.si_sdr_db(wav, out.wav_hat),
                                      metrics.amplitude_ratio(wav, out.wav_hat), metrics.dc_offset(out.wav_hat),
@@ -277,9 +277,10 @@ def validate(t: Training, val: DistilledSegments, config: Config, device: torch.
     used, perplexity = metrics.codebook_usage(distributed.all_gather_cat(torch.cat(codes)), codec.codebook_size)
     names = ("snr_db", "si_sdr_db", "amplitude_ratio", "dc_offset", "mel")
     scores = {f"val/{name}": value for name, value in zip(names, items)}
-    for name in val.teachers:
-        loss, constant = distributed.mean_over_ranks(torch.stack([item[name] for item in taught]).mean(0)).tolist()
-        scores |= {f"val/{name}": loss, f"val/{name}_gain": 1 - loss / max(constant, 1e-8)}  # 0: a constant does as well
+    for name, sums in taught.items():
+        loss, constant, n_frames = distributed.all_reduce_sum(sums).tolist()
+        if n_frames:  # gain: how far from what the best constant answer reaches to 0
+            scores |= {f"val/{name}": loss / n_frames, f"val/{name}_gain": 1 - loss / constant}
     for level in range(codec.n_codebooks):
         scores[f"val/perplexity_{level}"] = perplexity[level].item()
         scores[f"val/used_{level}"] = used[level].item()
@@ -311,17 +312,18 @@ def build(config: Config, device: torch.device, teachers: Teachers | None = None
     heads = Heads(config.distill, config.model.quantizer.codebook_dim, teachers or {}).to(device).train()
     freeze(codec, config.train.freeze)
     optim = config.optim
-    projections = [module for module in codec.quantizer.modules() if isinstance(module, nn.Linear)]
-    optimizer_g = adamw([codec, heads], optim.lr_g, optim, {heads: optim.lr_scale_heads}
-                        | dict.fromkeys(projections, optim.lr_scale_projections))  # fmt: skip
-    optimizer_d = adamw([discriminators], optim.lr_d, optim, {})
+    projections = [p for name, p in codec.quantizer.named_parameters() if any(f".{key}." in f".{name}" for key in PROJECTIONS)]
+    optimizer_g = adamw([codec, heads], optim.lr_g, optim, [(list(heads.parameters()), optim.lr_scale_heads),
+                                                            (projections, optim.lr_scale_projections)])  # fmt: skip
+    optimizer_d = adamw([discriminators], optim.lr_d, optim, [])
     if distributed.world_size() > 1:
         # buffers are not broadcast: codebooks are kept equal by update_codebooks itself
-        codec = DistributedDataParallel(codec, broadcast_buffers=False)
+        if any(p.requires_grad for p in codec.parameters()):
+            codec = DistributedDataParallel(codec, broadcast_buffers=False)
         if config.discriminators.sets:
             discriminators = DistributedDataParallel(discriminators, broadcast_buffers=False)
-        if teachers:  # a teacher without weight leaves its head without gradient
-            heads = DistributedDataParallel(heads, broadcast_buffers=False, find_unused_parameters=True)
+        if teachers:
+            heads = DistributedDataParallel(heads, broadcast_buffers=False)
     losses = config.losses
     # codebooks are averaged as well, as in AudioCraft: they belong to the encoder of their time
     averages = {name: value.clone() for name, value in unwrap(codec).state_dict().items()} if config.optim.ema_decay else {}
@@ -334,35 +336,40 @@ def build(config: Config, device: torch.device, teachers: Teachers | None = None
     )  # fmt: skip
 
 
-def adamw(modules: list[nn.Module], lr: float, optim: OptimConfig, lr_scales: dict[nn.Module, float]) -> torch.optim.AdamW:
-    """AdamW over what is not frozen; `lr_scales` multiply the learning rate of the modules they name.
+def adamw(
+    modules: list[nn.Module], lr: float, optim: OptimConfig, scaled: list[tuple[list[nn.Parameter], float]]
+) -> torch.optim.AdamW:
+    """AdamW over what is not frozen; each of `scaled` is parameters with what multiplies their learning rate.
 
     Matrices and kernels decay, all or a transformer's; biases, gains and snake alphas have one long axis only.
     """
     everything = [child for module in modules for child in module.modules()]
     in_transformers = {p for child in everything if isinstance(child, Transformer) for p in child.parameters()}
-    scales = {p: scale for module, scale in lr_scales.items() for p in module.parameters()}
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    scale_of = {p: (index, scale) for index, (members, scale) in enumerate(scaled) for p in members}
+    groups: dict[tuple, list[nn.Parameter]] = {}  # what decides the group does not change when a scale does
     for p in (p for module in modules for p in module.parameters() if p.requires_grad):
         matrix = p.numel() > max(p.shape, default=1)
         decays = matrix and (optim.weight_decay_on == "all" or p in in_transformers)
-        groups.setdefault((optim.weight_decay if decays else 0.0, scales.get(p, 1.0)), []).append(p)
-    groups = groups or {(0.0, 1.0): [nn.Parameter(torch.zeros(1))]}
-    described = [{"params": members, "weight_decay": decay, "lr_scale": scale} for (decay, scale), members in groups.items()]
+        groups.setdefault((optim.weight_decay if decays else 0.0, *scale_of.get(p, (-1, 1.0))), []).append(p)
+    groups = groups or {(0.0, -1, 1.0): [nn.Parameter(torch.zeros(1))]}
+    described = [{"params": members, "weight_decay": decay, "lr_scale": scale} for (decay, _, scale), members in groups.items()]
     return torch.optim.AdamW(described, lr=lr, betas=optim.betas, fused=True)
 
 
 def freeze(codec: Codec, parts: tuple[str, ...]) -> None:
     """Leave parts of a codec as they are: parameters by the start of their name, and the codebooks that belong to them."""
     q = codec.config.quantizer
-    levels = {"quantizer": range(q.n_codebooks), **{f"codebooks.{i}": [i] for i in range(q.n_codebooks)}}
+    levels = {}  # factorized codebooks are parameters like all others
+    if q.type == "ema":
+        levels = {"quantizer": range(q.n_codebooks), **{f"codebooks.{i}": [i] for i in range(q.n_codebooks)}}
     if q.type == "ema" and q.n_first:
         levels |= {"quantizer.semantic": range(q.n_first), "quantizer.acoustic": range(q.n_first, q.n_codebooks)}
     for part in parts:
         named = [p for name, p in codec.named_parameters() if f"{name}.".startswith(f"{part}.")]
         if not named and part not in levels:
-            raise ValueError(f"train.freeze: '{part}' names no part of the codec; expected encoder, decoder, "
-                             f"{', '.join(levels)} or the start of a parameter's name")  # fmt: skip
+            expected = ", ".join(["encoder", "decoder", *levels][:8])
+            raise ValueError(f"train.freeze: '{part}' names no part of the codec; expected {expected}, or the start of a "
+                             "parameter's name")  # fmt: skip
         for p in named:
             p.requires_grad_(False)
     if q.type == "ema":
@@ -409,9 +416,13 @@ def restore(folder: Path, t: Training, config: Config) -> dict:
         if getattr(saved, section) != getattr(config, section):
             raise ValueError(f"{folder}: its {section} section differs from the config's; resume with "
                              f"{folder / 'config.yaml'}, or start a new run with another --run_dir")  # fmt: skip
+    if saved.train.freeze != config.train.freeze:
+        raise ValueError(f"{folder}: train.freeze={list(saved.train.freeze)} there, {list(config.train.freeze)} here, but the "
+                         "optimizer's state belongs to what is trained; start a new run by train.init_from")  # fmt: skip
     before, now = to_dict(saved), to_dict(config)
-    changed = [f"{section}.{key}" for section in ("losses", "loss_weights", "optim", "data", "train")
+    changed = [f"{section}.{key}" for section in ("losses", "loss_weights", "optim", "data", "train", "distill")
                for key in now[section] if now[section][key] != before[section][key] and key not in ONLY_AT_START]
+    changed += ["phases"] if now["phases"] != before["phases"] else []
     if changed:
         tell(f"note: resumed with other values than before: {', '.join(changed)}")
     state = load_state(folder)
@@ -451,10 +462,14 @@ def load_initial(folder: Path, t: Training, config: Config) -> tuple[bool, range
         tensors = grow(tensors, codec.state_dict(), n_first)
     load_into(codec, tensors, str(folder / "model.safetensors"))
     average_weights(t, decay=0.0)
-    weights, saved = folder / "discriminators.safetensors", folder / "config.yaml"
-    alike = weights.is_file() and parse_config(saved.read_text(), str(saved)).discriminators == config.discriminators
+    saved = parse_config((folder / "config.yaml").read_text(), str(folder / "config.yaml")) if (
+        folder / "config.yaml").is_file() else None  # fmt: skip
+    weights, heads = folder / "discriminators.safetensors", folder / "heads.safetensors"
+    alike = weights.is_file() and saved.discriminators == config.discriminators
     if alike:
         load_into(unwrap(t.discriminators), load_tensors(weights), str(weights))
+    if heads.is_file() and saved.distill == config.distill:
+        load_into(unwrap(t.heads), load_tensors(heads), str(heads))
     return alike, added
 
 
@@ -486,7 +501,8 @@ def train(config: Config, run_dir: Path, resume: bool, device: torch.device) -> 
     val_set = SegmentDataset(val_utterances, data.val_segment_samples or data.segment_samples, VAL_SEED)
     teachers = open_teachers(config.distill)
     for name, store in teachers.items():
-        n_without = store.check([*train_set.utterances, *val_utterances], config.model.sample_rate)
+        utterances = {u.name: u for u in [*train_set.utterances, *val_utterances]}  # which may be the same
+        n_without = store.check(list(utterances.values()), config.model.sample_rate)
         tell(f"{name}: features of {store.folder}; {n_without} utterances have no target")
     hop_length = config.model.encoder.hop_length
     segments = DistilledSegments(train_set, teachers, hop_length, config.model.sample_rate)
@@ -606,6 +622,7 @@ def validation_line(step: int, name: str, scores: dict, values: dict) -> str:
     perplexity = [value for key, value in scores.items() if key.startswith("val/perplexity")]
     return (f"step {step} ({name}): val mel {scores['val/mel']:.2f} dB, snr {scores['val/snr_db']:.2f} dB, "
             f"amplitude {scores['val/amplitude_ratio']:.2f}, perplexity {min(perplexity):.0f} to {max(perplexity):.0f}"
+            + "".join(f", {name} {scores[f'val/{name}']:.3f}" for name in ("llm", "wavlm") if f"val/{name}" in scores)
             + "".join(f", {name} {values[name]:.3f}" for name in ("loss_g", "loss_d") if name in values))  # fmt: skip
 
 

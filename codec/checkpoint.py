@@ -182,7 +182,7 @@ def grow(tensors: dict[str, Tensor], fresh: dict[str, Tensor], n_first: int) -> 
         if name.startswith("quantizer.path.") and name not in tensors:
             taken[name] = value
         elif name.startswith("quantizer.semantic.own_inputs.") and name not in tensors:
-            taken[name] = tensors["quantizer.semantic.project_in.weight"]
+            taken[name] = tensors.get("quantizer.semantic.project_in.weight", torch.eye(len(value)))
         elif name.startswith("quantizer.semantic.") and value.ndim > 1 and len(value) > n_first == len(tensors[name]):
             taken[name] = torch.cat([tensors[name], value[n_first:]])
         elif name in tensors and tensors[name].shape[1:] == value.shape[1:]:

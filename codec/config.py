@@ -98,6 +98,7 @@ class EMAQuantizerConfig:
     n_prosodic: int = 0  # so many after these code what they leave over (Amy)
     semantic_blocks: int = 0  # ConvNeXt blocks between z and these two groups: a pathway of their own
     semantic_inputs: Literal["shared", "own"] = "shared"  # own: each further codebook of the two groups has its projection of z
+    semantic_norm: bool = False  # inputs of these groups scaled to unit variance frame by frame: loudness takes no codes
     semantic_gradient: float = 1.0  # share of the reconstruction's gradient that the (first) input of the two groups gets
     semantic_decay: float = 0.0  # of their codebooks; 0: as decay
     dropout: float = 0.0  # share of items of a batch that use a random number of codebooks
@@ -195,8 +196,6 @@ class TeacherConfig:
     n_codebooks: int  # how many of the first codebooks, added up, are read
     head: Literal["linear", "mlp", "conv"] = "mlp"  # from codebook_dim to dim
     hidden_dim: int = 512  # of mlp and conv
-    normalize: bool = True  # codes to zero mean and unit variance before the head; their own scale is small
-    objective: Literal["cosine", "mse"] = "cosine"  # mse: regress the unit vectors, from their mean on
 
 
 @dataclass(frozen=True)
@@ -567,7 +566,8 @@ LIMITS = [
     ("train.max_skipped_in_row", 1, None), ("train.disc_warmup_steps", 0, None),
 ]  # fmt: skip
 
-WHOLE_RUN = ("betas", "weight_decay", "weight_decay_on", "ema_decay")  # keys of optim that no phase can change
+# Keys of optim that no phase can change.
+WHOLE_RUN = ("betas", "weight_decay", "weight_decay_on", "ema_decay", "lr_scale_heads", "lr_scale_projections")
 
 
 def _validate(config: Config, where: str) -> None:
@@ -624,8 +624,9 @@ def validate_model(model: ModelConfig, where: str) -> None:
     if quantizer.type == "ema":
         _validate_first_group(model, where)
     counts = getattr(quantizer, "dropout_counts", ())
-    if any(not 1 <= count <= quantizer.n_codebooks for count in counts):
-        raise ValueError(f"{where}: model.quantizer.dropout_counts={list(counts)}, expected numbers from 1 to "
+    least = max(getattr(quantizer, "n_first", 1), 1)  # semantic and prosodic codebooks are never dropped
+    if any(not least <= count <= quantizer.n_codebooks for count in counts):
+        raise ValueError(f"{where}: model.quantizer.dropout_counts={list(counts)}, expected numbers from {least} to "
                          f"n_codebooks={quantizer.n_codebooks}")  # fmt: skip
 
 
@@ -635,8 +636,9 @@ def _validate_first_group(model: ModelConfig, where: str) -> None:
     if quantizer.n_first >= quantizer.n_codebooks:
         which = "n_semantic + n_prosodic" if quantizer.n_prosodic else "n_semantic"
         raise ValueError(f"{at}.{which}={quantizer.n_first}, expected less than n_codebooks={quantizer.n_codebooks}")
-    for key, default in (("n_prosodic", 0), ("semantic_blocks", 0), ("semantic_inputs", "shared"), ("semantic_gradient", 1),
-                         ("semantic_decay", 0)):  # fmt: skip
+    defaults = {"n_prosodic": 0, "semantic_blocks": 0, "semantic_inputs": "shared", "semantic_norm": False,
+                "semantic_gradient": 1, "semantic_decay": 0}  # fmt: skip
+    for key, default in defaults.items():
         if getattr(quantizer, key) != default and not quantizer.n_semantic:
             raise ValueError(f"{at}.{key}={getattr(quantizer, key)} without semantic codebooks; set n_semantic to 1 or more")
 

@@ -62,11 +62,10 @@ class Head(nn.Module):
             self.context = nn.Sequential(nn.Conv1d(codebook_dim, hidden, 1), nn.GELU())
         else:
             self.context, hidden = nn.Identity(), codebook_dim
-        self.norm = nn.BatchNorm1d(codebook_dim, affine=False) if config.normalize else nn.Identity()
         self.out = nn.Linear(hidden, config.dim)
 
     def forward(self, prefix: Tensor) -> Tensor:
-        return self.out(self.context(self.norm(prefix.transpose(1, 2))).transpose(1, 2))
+        return self.out(self.context(prefix.transpose(1, 2)).transpose(1, 2))
 
 
 class Heads(nn.Module):
@@ -76,34 +75,16 @@ class Heads(nn.Module):
         super().__init__()
         self.configs = {name: getattr(config, name) for name in teachers}
         self.heads = nn.ModuleDict({name: Head(teacher, codebook_dim) for name, teacher in self.configs.items()})
-        for name, store in teachers.items():
-            self.register_buffer(f"mean_{name}", store.mean.clone(), persistent=False)
 
-    def forward(self, prefixes: tuple[Tensor, ...], targets: dict[str, Targets]) -> dict[str, tuple[Tensor, Tensor]]:
-        """The loss to minimise and, for the log, 1 - cosine with the teacher as it is; the same where nothing is centred.
+    def forward(self, prefixes: tuple[Tensor, ...], targets: dict[str, Targets]) -> dict[str, Tensor]:
+        """1 - cosine between each teacher and what its head reads, [B, T'] by name; frames without a target too.
 
         Args:
             prefixes: [B, T', codebook_dim] of the first 1, 2, ... codebooks.
             targets: values [B, T', dim] and mask [B, T'] of each teacher.
         """
-        terms = {}
-        for name, teacher in self.configs.items():
-            prediction = self.heads[name](prefixes[teacher.n_codebooks - 1])
-            values, mask = targets[name]
-            mean = getattr(self, f"mean_{name}")
-            if teacher.objective == "mse":
-                unit = F.normalize(values, dim=-1)
-                loss = masked_mean((prediction - (unit - mean)).square().sum(-1), mask)
-                terms[name] = loss, masked_mean(1 - F.cosine_similarity(prediction.detach() + mean, values, -1), mask)
-            else:
-                loss = masked_mean(1 - F.cosine_similarity(prediction, values, -1), mask)
-                terms[name] = loss, loss.detach()
-        return terms
-
-
-def constant_loss(mean: Tensor, target: Targets) -> Tensor:
-    """1 - cosine of the best constant prediction: a head whose loss is no lower has learnt nothing of the speech."""
-    return masked_mean(1 - F.cosine_similarity(mean, target.values, -1), target.mask)
+        return {name: 1 - F.cosine_similarity(self.heads[name](prefixes[teacher.n_codebooks - 1]), targets[name].values, -1)
+                for name, teacher in self.configs.items()}  # fmt: skip
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:

@@ -328,16 +328,16 @@ class ConvNeXtBlock(nn.Module):
 
     def __init__(self, dim: int, expansion: int, kernel_size: int, layer_scale: float, causal: bool = False):
         super().__init__()
-        self.ahead = 0 if causal else kernel_size // 2  # frames it looks ahead
-        self.depthwise = nn.Conv1d(dim, dim, kernel_size, groups=dim)
+        self.behind = kernel_size - 1 if causal else 0  # frames padded before; else the convolution pads both sides
+        self.depthwise = nn.Conv1d(dim, dim, kernel_size, padding=0 if causal else kernel_size // 2, groups=dim)
         self.norm = nn.LayerNorm(dim)
         self.expand = nn.Linear(dim, expansion * dim)
         self.contract = nn.Linear(expansion * dim, dim)
         self.layer_scale = nn.Parameter(torch.full((dim,), layer_scale))
 
     def forward(self, x: Tensor) -> Tensor:
-        behind = self.depthwise.kernel_size[0] - 1 - self.ahead
-        y = self.depthwise(F.pad(x.transpose(1, 2), (behind, self.ahead))).transpose(1, 2)
+        y = x.transpose(1, 2)
+        y = self.depthwise(F.pad(y, (self.behind, 0)) if self.behind else y).transpose(1, 2)
         y = self.contract(F.gelu(self.expand(self.norm(y))))
         return x + self.layer_scale * y
 

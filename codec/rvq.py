@@ -92,7 +92,8 @@ class EMAResidualVQ(nn.Module):
 
     Source: van den Oord et al. 2017, appendix A.1 (EMA); Zeghidour et al. 2021 (residual VQ, k-means start,
     dead codes). Departure: the straight-through estimator is per step with a residual of its own, so that
-    every prefix of codebooks passes gradient exactly 1 and every commitment term has a gradient.
+    every prefix of codebooks passes gradient exactly 1 and every commitment term has a gradient. Where codebooks have inputs
+    of their own, a prefix passes it to each of the inputs it holds: a teacher of the sum teaches them all.
     """
 
     reach_frames = 0.0  # a frame of codes depends on its own frame of z alone
@@ -107,6 +108,7 @@ class EMAResidualVQ(nn.Module):
         self.own_inputs = nn.ModuleList(nn.Linear(latent_dim, d, bias=False) for _ in range(n - 1 if own_inputs else 0))
         self.project_out = nn.Linear(d, latent_dim, bias=False) if projected else nn.Identity()
         self.frozen: tuple[int, ...] = ()  # codebooks that update_codebooks leaves as they are
+        self.norm = nn.Identity()  # of inputs
         self.first_gradient = 1.0  # share of the output's gradient that the first input gets; the prefixes pass all of theirs
         self.register_buffer("codebooks", torch.randn(n, k, d))
         self.register_buffer("ema_count", torch.ones(n, k))
@@ -115,7 +117,7 @@ class EMAResidualVQ(nn.Module):
     def forward(self, z: Tensor, n_codebooks: int | None = None) -> QuantizerOutput:
         """Quantize z [B, D, T'] with the first `n_codebooks` (default: all, or as dropout draws in training)."""
         z = z.transpose(1, 2)
-        x = self.project_in(z)  # [B, T', d]
+        x = self.norm(self.project_in(z))  # [B, T', d]
         n = n_codebooks or self.config.n_codebooks
         dropout, bypass = (self.config.dropout, self.config.bypass) if self.training else (0.0, 0.0)
         active = draw_active(len(z), n, dropout, z.device, self.config.dropout_counts)
@@ -123,12 +125,12 @@ class EMAResidualVQ(nn.Module):
         codes, residuals, distances, prefixes, entries = [], [], [], [], []
         for i in range(n):
             if i and len(self.own_inputs):
-                x = self.own_inputs[i - 1](z)
+                x = self.norm(self.own_inputs[i - 1](z))
                 residual = x - z_q.detach()
             residuals.append(residual.detach())
             codes.append(nearest(residuals[-1], self.codebooks[i]))
             q = F.embedding(codes[-1], self.codebooks[i])
-            entries.append(q.requires_grad_(torch.is_grad_enabled()))
+            entries.append(q.requires_grad_(x.requires_grad))
             distances.append((residual - q).square().mean((1, 2)))
             # straight-through: an input's gradient is spent by the first codebook that reads it
             ste = q + (x - x.detach()) if i == 0 or len(self.own_inputs) else q
@@ -151,10 +153,10 @@ class EMAResidualVQ(nn.Module):
     def encode(self, z: Tensor, n_codebooks: int | None = None) -> Tensor:
         """The codes [B, n, T'] that `forward` gives, without what only training needs."""
         z, z_q, codes = z.transpose(1, 2), 0, []
-        residual = self.project_in(z)
+        residual = self.norm(self.project_in(z))
         for i, codebook in enumerate(self.codebooks[:n_codebooks]):
             if i and len(self.own_inputs):
-                residual = self.own_inputs[i - 1](z) - z_q
+                residual = self.norm(self.own_inputs[i - 1](z)) - z_q
             codes.append(nearest(residual, codebook))
             q = F.embedding(codes[-1], codebook)
             residual, z_q = residual - q, z_q + q
@@ -176,13 +178,13 @@ class EMAResidualVQ(nn.Module):
         """
         generator = torch.Generator().manual_seed(0)
         z = z.transpose(1, 2).flatten(0, 1)
-        residual = self.project_in(z)
+        residual = self.norm(self.project_in(z))
         z_q = torch.zeros_like(residual)
         # as if the counts had come from one update, so that the first updates are not outweighed
         scale = frames_per_update / len(residual)
         for i in range(self.config.n_codebooks):
             if i and len(self.own_inputs):
-                residual = self.own_inputs[i - 1](z) - z_q
+                residual = self.norm(self.own_inputs[i - 1](z)) - z_q
             if levels is None or i in levels:
                 means, counts = kmeans(residual, self.config.codebook_size, generator)
                 self.codebooks[i] = means
@@ -267,6 +269,8 @@ class SplitResidualVQ(nn.Module):
             replace(config, n_codebooks=n_first, dropout=0.0, decay=decay), latent_dim, config.semantic_inputs == "own"
         )
         self.semantic.first_gradient = config.semantic_gradient
+        if config.semantic_norm:
+            self.semantic.norm = nn.LayerNorm(config.codebook_dim, elementwise_affine=False)
         self.acoustic = EMAResidualVQ(
             replace(config, n_codebooks=config.n_codebooks - n_first, dropout_counts=counts), latent_dim
         )

@@ -10,6 +10,7 @@ from conftest import speech_like, tiny_config
 
 from codec import distributed
 from codec.config import EMAQuantizerConfig, phase_config
+from codec.features import Targets
 from codec.rvq import EMAResidualVQ
 from train_codec_gan import build, train_step, unwrap
 
@@ -83,6 +84,26 @@ def balanced_gradients(share: slice, norms_of_one_rank: bool = False) -> dict[st
     return {name: parameter.grad for name, parameter in unwrap(t.codec).named_parameters()}
 
 
+class Teacher:
+    """As much of a FeatureStore as building heads asks for."""
+
+
+def distilled_gradients(share: slice) -> dict[str, torch.Tensor]:
+    """Gradients of codec and heads where all words are in the first two items of four."""
+    split = ["model.quantizer.n_semantic=1", "model.quantizer.n_prosodic=1", "model.quantizer.semantic_inputs=own"]
+    config = phase_config(tiny_config([*split, "distill.llm={features: x, dim: 5, n_codebooks: 1}", "optim.lr_g=0",
+                                       "distill.wavlm={features: x, dim: 6, n_codebooks: 2}", "loss_weights.llm=1",
+                                       "loss_weights.wavlm=1", "train.log_every=1"]), 0)  # fmt: skip
+    t = build(config, torch.device("cpu"), {"llm": Teacher(), "wavlm": Teacher()})
+    generator = torch.Generator().manual_seed(7)
+    mask = torch.tensor([1.0, 1.0, 0.0, 0.0])[:, None].expand(4, 100)
+    targets = {"llm": Targets(torch.randn(4, 100, 5, generator=generator)[share], mask[share]),
+               "wavlm": Targets(torch.randn(4, 100, 6, generator=generator)[share], torch.ones(4, 100)[share])}  # fmt: skip
+    log = train_step(speech(0)[share], t, config, 0, targets=targets)
+    gradients = {name: p.grad for name, p in [*unwrap(t.codec).named_parameters(), *unwrap(t.heads).named_parameters()]}
+    return gradients | {"logged llm": distributed.mean_over_ranks(log["llm"])[None]}
+
+
 def work(rank: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     share = slice(2 * rank, 2 * rank + 2)
@@ -98,6 +119,7 @@ def work(rank: int, port: int, folder: str) -> None:
     dist.all_reduce = dist_all_reduce
     results = {"together": together, "alone": alone, "reduced": counted, "networks": trained_networks(share)}
     results["balanced"], results["own norms"] = balanced_gradients(share), balanced_gradients(share, norms_of_one_rank=True)
+    results["distilled"] = distilled_gradients(share)
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -154,3 +176,9 @@ def test_buffers_broadcast_from_rank_0_would_be_equal_too_but_blind_to_the_other
     known_wrong, both = ranks[0]["alone"], unsynchronised(slice(0, 4))
     assert not torch.allclose(known_wrong["ema_count"], both["ema_count"], atol=1e-3)
     assert not torch.allclose(known_wrong["codebooks"], both["codebooks"], atol=1e-3)
+
+
+def test_distillation_over_two_ranks_is_the_mean_over_all_frames_with_a_word(ranks):
+    whole = distilled_gradients(slice(0, 4))
+    assert relative_error(ranks[0]["distilled"], whole) < 1e-4  # one rank has all the words, the other none
+    assert all(torch.isfinite(value).all() for value in ranks[1]["distilled"].values())

@@ -1,6 +1,6 @@
 """The study of docs/distillation.md: one common start, one remedy at a time, the same updates, held-out speakers.
 
-    python benchmarks/distillation/study.py base DATA_DIR OUT_DIR                     the common start: reconstruction alone
+    python benchmarks/distillation/study.py base DATA_DIR OUT_DIR runs/demo           the common start: reconstruction alone
     python benchmarks/distillation/study.py run DATA_DIR OUT_DIR [--only NAME ...]    experiments from it, two at once
     python benchmarks/distillation/study.py bits DATA_DIR OUT_DIR                     VQ of the teacher itself
     python benchmarks/distillation/study.py table OUT_DIR                             Markdown
@@ -29,21 +29,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from safetensors.torch import save_file  # noqa: E402
 
 from codec import metrics  # noqa: E402
-from codec.checkpoint import grow, load_into, load_tensors  # noqa: E402
+from codec.checkpoint import grow, inference_tensors, load_into, load_tensors  # noqa: E402
 from codec.config import Config, load_config, phase_config  # noqa: E402
 from codec.data import SegmentDataset, StepSampler, read_manifest, segment_loader  # noqa: E402
 from codec.distill import DistilledSegments, open_teachers  # noqa: E402
 from codec.features import FeatureStore  # noqa: E402
 from codec.files import write_atomically  # noqa: E402
+from codec.pretrained import resolve  # noqa: E402
 from codec.rvq import QuantizerOutput, kmeans, nearest  # noqa: E402
 from train_codec_gan import Training, build, start_codebooks, train_step  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
-STEPS, BASE_STEPS = 300, 1200
+STEPS, BASE_STEPS = 300, 300
 
 
 def teacher(name: str, dim: int, n_codebooks: int, **settings) -> str:
-    value = {"features": f"DATA/features/{name}", "dim": dim, "n_codebooks": n_codebooks, "normalize": False, **settings}
+    value = {"features": f"DATA/features/{name}", "dim": dim, "n_codebooks": n_codebooks, **settings}
     return f"distill.{name}={json.dumps(value)}"
 
 
@@ -57,34 +58,29 @@ def weights(llm: float, wavlm: float, **others: float) -> list[str]:
 
 
 Q = "model.quantizer"
-BLOCKS, INPUTS = [f"{Q}.semantic_blocks=2"], [f"{Q}.semantic_inputs=own"]
 STOP = [f"{Q}.semantic_gradient=0"]
+BLOCKS, INPUTS, NORM = [f"{Q}.semantic_blocks=2"], [f"{Q}.semantic_inputs=own"], [f"{Q}.semantic_norm=true"]
+OWN = [*BLOCKS, *INPUTS, *STOP]
+ALONE = {"wave": 0, "scale": 0, "msspec": 0}
 # name: (config, what the heads read: "codes", or for ceilings "latent"; what of their gradient passes: "all" or "none")
-NORM = {"normalize": True}
 EXPERIMENTS: dict[str, tuple[list[str], str, str]] = {
-    "reconstruction only": ([*heads(**NORM), *weights(1, 1)], "codes", "none"),
-    "documented, linear": ([*heads(head="linear"), *weights(1, 1)], "codes", "all"),
     "documented, MLP": ([*heads(), *weights(1, 1)], "codes", "all"),
+    "own, x20": ([*heads(), *weights(5, 20), *OWN], "codes", "all"),
+    "reconstruction only": ([*heads(), *weights(1, 1)], "codes", "none"),
+    "own, x20, norm": ([*heads(), *weights(5, 20), *OWN, *NORM], "codes", "all"),
+    "ceiling: own, codes, distillation alone": ([*heads(), *weights(5, 20, **ALONE), *OWN], "codes", "all"),
+    "x20": ([*heads(), *weights(5, 20)], "codes", "all"),
     "documented, MLP, wavlm x5": ([*heads(), *weights(1, 5)], "codes", "all"),
-    "ceiling: latent, encoder as it is": ([*heads(**NORM), *weights(1, 1)], "latent", "none"),
-    "ceiling: latent, distillation alone": ([*heads(**NORM), *weights(1, 1, msspec=0, commit=0)], "latent", "all"),
-    "ceiling: codes, distillation alone": ([*heads(**NORM), *weights(1, 1, msspec=0)], "codes", "all"),
-    "normalised": ([*heads(**NORM), *weights(1, 1)], "codes", "all"),
-    "mse": ([*heads(**NORM, objective="mse"), *weights(1, 1)], "codes", "all"),
-    "conv head": ([*heads(**NORM, head="conv"), *weights(1, 1)], "codes", "all"),
-    "wavlm alone": ([*heads(**NORM), *weights(0, 1)], "codes", "all"),
-    "wavlm x5": ([*heads(**NORM), *weights(1, 5)], "codes", "all"),
-    "wavlm x20, llm x5": ([*heads(**NORM), *weights(5, 20)], "codes", "all"),
-    "wavlm x60, llm x15": ([*heads(**NORM), *weights(15, 60)], "codes", "all"),
-    "stop": ([*heads(**NORM), *weights(1, 1), *STOP], "codes", "all"),
-    "own blocks": ([*heads(**NORM), *weights(1, 1), *BLOCKS], "codes", "all"),
-    "own inputs, stop": ([*heads(**NORM), *weights(1, 1), *INPUTS, *STOP], "codes", "all"),
-    "own blocks and inputs, stop": ([*heads(**NORM), *weights(1, 1), *BLOCKS, *INPUTS, *STOP], "codes", "all"),
-    "own inputs, stop, x20": ([*heads(**NORM), *weights(5, 20), *INPUTS, *STOP], "codes", "all"),
-    "own blocks and inputs, stop, x20": ([*heads(**NORM), *weights(5, 20), *BLOCKS, *INPUTS, *STOP], "codes", "all"),
-    "own blocks, x20": ([*heads(**NORM), *weights(5, 20), *BLOCKS], "codes", "all"),
-    "ceiling: own blocks and inputs, distillation alone": (
-        [*heads(**NORM), *weights(5, 20, msspec=0), *BLOCKS, *INPUTS, *STOP], "codes", "all"),
+    "own": ([*heads(), *weights(1, 1), *OWN], "codes", "all"),
+    "ceiling: own, latent, distillation alone": ([*heads(), *weights(5, 20, **ALONE, commit=0), *OWN], "latent", "all"),
+    "documented, linear": ([*heads(head="linear"), *weights(1, 1)], "codes", "all"),
+    "ceiling: latent, encoder as it is": ([*heads(), *weights(1, 1)], "latent", "none"),
+    "own inputs, stop, x20": ([*heads(), *weights(5, 20), *INPUTS, *STOP], "codes", "all"),
+    "own blocks, x20": ([*heads(), *weights(5, 20), *BLOCKS], "codes", "all"),
+    "stop, x20": ([*heads(), *weights(5, 20), *STOP], "codes", "all"),
+    "x20, conv head": ([*heads(head="conv"), *weights(5, 20)], "codes", "all"),
+    "x20, wavlm alone": ([*heads(), *weights(0, 20)], "codes", "all"),
+    "x60": ([*heads(), *weights(15, 60)], "codes", "all"),
 }
 
 
@@ -117,34 +113,40 @@ def train(config: Config, t: Training, train_set: DistilledSegments, steps: int,
 @torch.no_grad()
 def judge(config: Config, t: Training, split: str, n_segments: int = 64) -> dict[str, float]:
     """Held-out figures over fixed segments: mel distance, SNR, teacher losses with the run's own heads."""
-    val = segments(config, split, 12345, config.data.val_segment_samples)
+    held_out = segments(config, split, 12345, config.data.val_segment_samples)
     t.codec.eval()
-    sums: dict[str, float] = {}
-    codes = []
+    signal, codes, sums = [], [], {name: torch.zeros(2) for name in held_out.teachers}
     for index in range(n_segments):
-        wav, targets = default_collate([val[index]])
+        wav, targets = default_collate([held_out[index]])
         out = t.codec(wav)
         codes.append(out.quantized.codes)
-        values = {"mel": metrics.mel_distance(wav, out.wav_hat, 16000).mean(),
-                  "snr_db": metrics.snr_db(wav, out.wav_hat).nanmean()}  # fmt: skip
-        values |= {name: loss for name, (_, loss) in t.heads(out.quantized.prefixes, targets).items()}
-        for name, value in values.items():
-            sums[name] = sums.get(name, 0.0) + float(value) / n_segments
+        signal.append(torch.stack([metrics.mel_distance(wav, out.wav_hat, 16000), metrics.snr_db(wav, out.wav_hat)], 1))
+        for name, loss in t.heads(out.quantized.prefixes, targets).items():
+            sums[name] += torch.stack([(loss * targets[name].mask).sum(), targets[name].mask.sum()])
     t.codec.train()
+    mel, snr_db = torch.cat(signal).nanmean(0).tolist()
     _, perplexity = metrics.codebook_usage(torch.cat(codes), t.codec.codebook_size)
-    return sums | {f"perplexity_{i}": float(perplexity[i]) for i in range(3)}
+    return {"mel": mel, "snr_db": snr_db, **{name: float(loss / n_frames) for name, (loss, n_frames) in sums.items()},
+            **{f"perplexity_{i}": float(perplexity[i]) for i in range(3)}}  # fmt: skip
 
 
-def make_base(data: Path, out_dir: Path) -> None:
-    """Reconstruction alone, without teachers; k-means start as in the trainer."""
-    config = config_of(["data.val_segments=16"], data, BASE_STEPS)
+def make_base(data: Path, out_dir: Path, quickstart: Path) -> None:
+    """The common start: the body of a quickstart run with a split quantizer, trained on for reconstruction alone."""
+    config = config_of([], data, BASE_STEPS)
     t = build(config, torch.device("cpu"))
     train_set = segments(config, "train", 0, config.data.segment_samples)
+    tensors, fresh = inference_tensors(resolve(quickstart)), t.codec.state_dict()
+    for name, value in fresh.items():
+        if name in tensors:
+            value.copy_(tensors[name])
+    for part in ("semantic", "acoustic"):  # each codes all of z at first, and their outputs are added
+        fresh[f"quantizer.{part}.project_in.weight"].copy_(tensors["quantizer.project_in.weight"])
+        fresh[f"quantizer.{part}.project_out.weight"].copy_(tensors["quantizer.project_out.weight"] / 2)
     start_codebooks(t.codec, train_set.segments, config, torch.device("cpu"))
     started = time.monotonic()
 
     def watch(step: int, log: dict) -> None:
-        if step % 100 == 99:
+        if step % 50 == 49:
             rate = (step + 1) * 16 / (time.monotonic() - started)
             print(f"base {step + 1}: msspec {log['msspec']:.4f}, commit {log['commit']:.4f}, {rate:.0f} s/s", flush=True)
 
@@ -164,7 +166,9 @@ def read_instead(t: Training, what: str, gradient: str) -> None:
         out = forward(z, n_codebooks)
         prefixes = out.prefixes
         if what == "latent":
-            prefixes = (group.project_in(z.transpose(1, 2)),) * len(prefixes)
+            z = z.transpose(1, 2)
+            inputs = [group.project_in(z), *(own(z) for own in group.own_inputs)]
+            prefixes = tuple(group.norm(inputs[min(i, len(inputs) - 1)]) for i in range(len(prefixes)))
         if gradient == "none":
             prefixes = tuple(prefix.detach() for prefix in prefixes)
         return out._replace(prefixes=prefixes)
@@ -179,6 +183,8 @@ def run_one(data: Path, out_dir: Path, name: str, steps: int) -> None:
     train_set = segments(config, "train", 1, config.data.segment_samples)
     t = build(config, torch.device("cpu"), train_set.teachers)
     load_common(t, out_dir / "base.safetensors")
+    if config.model.quantizer.semantic_norm:  # other inputs than those of the common start want codebooks of their own
+        start_codebooks(t.codec, train_set.segments, config, torch.device("cpu"), range(2))
     if (what, gradient) != ("codes", "all"):
         read_instead(t, what, gradient)
     course, started = [], time.monotonic()
@@ -189,26 +195,28 @@ def run_one(data: Path, out_dir: Path, name: str, steps: int) -> None:
 
     train(config, t, train_set, steps, watch)
     seconds = time.monotonic() - started
-    scores = judge(config, t, "test")
+    scores = {split: judge(config, t, split) for split in ("val", "test")}
     if not (out_dir / slug(name)).exists():
         t.codec.save_pretrained(out_dir / slug(name))
-    result = {"name": name, "config": overrides, "steps": steps, "seconds": seconds, "test": scores, "course": course}
+    result = {"name": name, "config": overrides, "steps": steps, "seconds": seconds, **scores, "course": course}
     write_atomically(out_dir / f"{slug(name)}.json", json.dumps(result, indent=1))
-    print(f"{name}: " + ", ".join(f"{key} {value:.3f}" for key, value in scores.items()) + f" ({seconds:.0f} s)", flush=True)
+    figures = ", ".join(f"{key} {value:.3f}" for key, value in scores["test"].items())
+    print(f"{name}: {figures} ({seconds:.0f} s)", flush=True)
 
 
 def table(out_dir: Path) -> None:
     """Held-out figures of every experiment, and the gradients that reach the first codebooks in its last third."""
-    print("| experiment | mel, dB | wavlm | llm | msspec : wavlm gradient | wavlm with rest |\n|---|---|---|---|---|---|")
+    print("| experiment | val wavlm | test wavlm | test llm | test mel, dB | gradient, msspec : wavlm | cosine |")
+    print("|---|---|---|---|---|---|---|")
     for name in EXPERIMENTS:
         path = out_dir / f"{slug(name)}.json"
         if path.is_file():
             result = json.loads(path.read_text())
-            late, test = result["course"][-len(result["course"]) // 3 :], result["test"]
-            wavlm, signal = (sum(row.get(f"grad_{key}_to_1", 0) for row in late) for key in ("wavlm", "msspec"))
+            late, val, test = result["course"][-len(result["course"]) // 3 :], result["val"], result["test"]
+            wavlm, rest = (sum(row.get(key, 0) for row in late) for key in ("grad_wavlm_to_1", "grad_msspec_to_1"))
             pull = sum(row.get("pull_wavlm_rest", 0) for row in late) / len(late)
-            ratio = f"{signal / wavlm:.1f}" if wavlm and signal else ""
-            print(f"| {name} | {test['mel']:.2f} | {test['wavlm']:.3f} | {test['llm']:.3f} | {ratio} | {pull:.2f} |")
+            print(f"| {name} | {val['wavlm']:.3f} | {test['wavlm']:.3f} | {test['llm']:.3f} | {test['mel']:.2f} "
+                  f"| {rest / wavlm if wavlm else 0:.1f} | {pull:.2f} |")  # fmt: skip
 
 
 def slug(name: str) -> str:
@@ -268,7 +276,7 @@ def main() -> int:
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.command == "base":
-        make_base(*args.folders)
+        make_base(*args.folders)  # DATA_DIR OUT_DIR and the quickstart run
     elif args.command == "one":
         run_one(*args.folders, args.only[0], args.steps)
     elif args.command == "run":
