@@ -131,9 +131,22 @@ def _recipe(config: Config, step: int) -> str:
         f"{config.data.batch_size} segments of {config.data.segment_samples / config.model.sample_rate:.2f} s a step.{start}",
         f"AdamW, learning rate {optim.lr_g:g} (discriminators {optim.lr_d:g}), betas {list(optim.betas)}, {optim.schedule}. "
         f"Discriminators: {', '.join(sets) or 'none'}; {config.losses.adversarial} loss"
-        f"{', gradients balanced' if config.losses.balancer else ''}.", "",
+        f"{', gradients balanced' if config.losses.balancer else ''}.{_teachers(config)}", "",
         "| phase | steps | loss weights |", "|---|---|---|", *rows,
     ])  # fmt: skip
+
+
+def _teachers(config: Config) -> str:
+    """Whose features the first codebooks were taught by: their licences may bind."""
+    told = []
+    for name in ("llm", "wavlm"):
+        teacher = getattr(config.distill, name)
+        if teacher is not None:
+            path = Path(teacher.features) / "teacher.json"
+            known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            told.append(f"{name} is `{known.get('teacher', 'unknown')}`, layer {known.get('layer', 'unknown')}, read from the "
+                        f"first {teacher.n_codebooks} codebooks")  # fmt: skip
+    return f" Teachers: {'; '.join(told)}." if told else ""
 
 
 def _metrics(run_dir: Path, step: int) -> str:

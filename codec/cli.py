@@ -121,10 +121,20 @@ def _checkpoint_lines(folder: Path) -> dict[str, str]:
         "parameters": ", ".join(f"{name} {n:,}" for name, n in counts.items()),
         "sample rate": f"{codec.sample_rate} Hz",
         "frame rate": f"{codec.frame_rate_hz:g} Hz (hop length {codec.hop_length})",
-        "codebooks": f"{codec.n_codebooks} x {codec.codebook_size} entries",
+        "codebooks": f"{codec.n_codebooks} x {codec.codebook_size} entries{_groups(codec)}",
         "kbps": "  ".join(rates) + "  (by number of codebooks)",
         "receptive field": f"{context_ms:.1f} ms of input a frame" if math.isfinite(context_ms) else "the whole past",
     }
+
+
+def _groups(codec: Codec) -> str:
+    """What kinds of codebooks there are, if of several kinds."""
+    quantizer = codec.config.quantizer
+    if quantizer.type != "ema" or not quantizer.n_first:
+        return ""
+    counts = {"semantic": quantizer.n_semantic, "prosodic": quantizer.n_prosodic,
+              "acoustic": quantizer.n_codebooks - quantizer.n_first}  # fmt: skip
+    return f" ({', '.join(f'{count} {kind}' for kind, count in counts.items() if count)})"
 
 
 def _kbps(codec: Codec, n_codebooks: int) -> float:

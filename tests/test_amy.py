@@ -105,9 +105,16 @@ def test_amy_grows_from_a_converted_mimi_with_real_teachers_and_is_probed(speech
     wanted = ["train/llm_step", "train/wavlm_epoch", "val/wavlm_gain_step", "train/grad_wavlm_to_1_step",
               "train/pull_llm_wavlm_step", "val/perplexity_1_step", "train/wavlm_llm_ratio_step"]  # fmt: skip
     assert logged.issuperset(wanted)
+    values = {name: line[name] for line in lines for name in line}
+    assert all(isinstance(values[name], float) and np.isfinite(values[name]) for name in wanted)
     assert codec("probe", tmp_path / "run", manifest, "--words", words, "--out", tmp_path / "probe.json") == 0
     figures = json.loads((tmp_path / "probe.json").read_text())
     assert "semantic+prosodic" in json.dumps(figures)
+    capsys.readouterr()
+    assert codec("info", tmp_path / "run") == 0 and "(1 semantic, 1 prosodic, 3 acoustic)" in capsys.readouterr().out
+    assert codec("convert", "--from", tmp_path / "run", tmp_path / "published") == 0
+    card = (tmp_path / "published" / "README.md").read_text()
+    assert "Teachers: llm is `q`, layer -2, read from the first 1 codebooks; wavlm is `w`" in card
     wavs = [speech / "4.wav", speech / "6.wav"]
     assert codec("probe", tmp_path / "run", "--swap", *wavs, tmp_path / "swapped.wav") == 0
     assert sf.info(str(tmp_path / "swapped.wav")).frames == sf.info(str(wavs[0])).frames

@@ -30,7 +30,7 @@ from safetensors.torch import save_file  # noqa: E402
 
 from codec import metrics  # noqa: E402
 from codec.checkpoint import grow, inference_tensors, load_into, load_tensors  # noqa: E402
-from codec.config import Config, load_config, phase_config  # noqa: E402
+from codec.config import Config, load_config, phase_at, phase_config  # noqa: E402
 from codec.data import SegmentDataset, StepSampler, read_manifest, segment_loader  # noqa: E402
 from codec.distill import DistilledSegments, open_teachers  # noqa: E402
 from codec.features import FeatureStore  # noqa: E402
@@ -60,7 +60,11 @@ def weights(llm: float, wavlm: float, **others: float) -> list[str]:
 Q = "model.quantizer"
 STOP = [f"{Q}.semantic_gradient=0"]
 BLOCKS, INPUTS, NORM = [f"{Q}.semantic_blocks=2"], [f"{Q}.semantic_inputs=own"], [f"{Q}.semantic_norm=true"]
-OWN = [*BLOCKS, *INPUTS, *STOP]
+OWN, DEEP = [*BLOCKS, *INPUTS, *STOP], [f"{Q}.semantic_blocks=6"]
+SCHEDULE = "phases=" + json.dumps([
+    {"name": name, "steps": STEPS // 2, "set": {"loss_weights.llm": llm, "loss_weights.wavlm": wavlm}}
+    for name, llm, wavlm in (("teachers", 15, 60), ("both", 2.5, 10))
+])  # fmt: skip
 ALONE = {"wave": 0, "scale": 0, "msspec": 0}
 # name: (config, what the heads read: "codes", or for ceilings "latent"; what of their gradient passes: "all" or "none")
 EXPERIMENTS: dict[str, tuple[list[str], str, str]] = {
@@ -81,6 +85,12 @@ EXPERIMENTS: dict[str, tuple[list[str], str, str]] = {
     "x20, conv head": ([*heads(head="conv"), *weights(5, 20)], "codes", "all"),
     "x20, wavlm alone": ([*heads(), *weights(0, 20)], "codes", "all"),
     "x60": ([*heads(), *weights(15, 60)], "codes", "all"),
+    "own, x60": ([*heads(), *weights(15, 60), *OWN], "codes", "all"),
+    "own, 6 blocks, x20": ([*heads(), *weights(5, 20), *OWN, *DEEP], "codes", "all"),
+    "own, 6 blocks, x60": ([*heads(), *weights(15, 60), *OWN, *DEEP], "codes", "all"),
+    "own, 6 blocks, x60 then x10": ([*heads(), *OWN, *DEEP, SCHEDULE], "codes", "all"),
+    "own, x60, two prosodic codebooks": (
+        [teacher("llm", 384, 1), teacher("wavlm", 512, 3), *weights(15, 60), *OWN, f"{Q}.n_prosodic=2"], "codes", "all"),
 }
 
 
@@ -99,15 +109,15 @@ def segments(config: Config, split: str, seed: int, samples: int) -> DistilledSe
 
 def load_common(t: Training, path: Path) -> None:
     """The common start; what an experiment adds to the model keeps its first values."""
-    tensors = grow(load_tensors(path), t.codec.state_dict(), t.codec.config.quantizer.n_first)
+    tensors = grow(load_tensors(path), t.codec.state_dict(), 2)
     load_into(t.codec, tensors, str(path))
 
 
 def train(config: Config, t: Training, train_set: DistilledSegments, steps: int, watch: Callable[[int, dict], None]) -> None:
     sampler = StepSampler(0, steps, config.data.batch_size, 0, 1)
-    phase = phase_config(config, 0)
+    phases = [phase_config(config, index) for index in range(len(config.phases))]
     for step, (wav, targets) in enumerate(segment_loader(train_set, sampler, config.data.n_workers, False)):
-        watch(step, train_step(wav, t, phase, step, targets=targets))
+        watch(step, train_step(wav, t, phases[phase_at(config, step)], step, targets=targets))
 
 
 @torch.no_grad()
@@ -183,8 +193,9 @@ def run_one(data: Path, out_dir: Path, name: str, steps: int) -> None:
     train_set = segments(config, "train", 1, config.data.segment_samples)
     t = build(config, torch.device("cpu"), train_set.teachers)
     load_common(t, out_dir / "base.safetensors")
-    if config.model.quantizer.semantic_norm:  # other inputs than those of the common start want codebooks of their own
-        start_codebooks(t.codec, train_set.segments, config, torch.device("cpu"), range(2))
+    quantizer = config.model.quantizer  # other inputs than those of the common start want codebooks of their own
+    started = range(0 if quantizer.semantic_norm else 2, quantizer.n_first)
+    start_codebooks(t.codec, train_set.segments, config, torch.device("cpu"), started)
     if (what, gradient) != ("codes", "all"):
         read_instead(t, what, gradient)
     course, started = [], time.monotonic()
