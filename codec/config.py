@@ -98,8 +98,8 @@ class EMAQuantizerConfig:
     n_prosodic: int = 0  # so many after these code what they leave over (Amy)
     semantic_blocks: int = 0  # ConvNeXt blocks between z and these two groups: a pathway of their own
     semantic_inputs: Literal["shared", "own"] = "shared"  # own: each further codebook of the two groups has its projection of z
-    semantic_norm: bool = False  # inputs of these groups scaled to unit variance frame by frame: loudness takes no codes
     semantic_gradient: float = 1.0  # share of the reconstruction's gradient that the (first) input of the two groups gets
+    semantic_to_encoder: float = 1.0  # share of the gradient of these two groups that goes on into the encoder
     semantic_decay: float = 0.0  # of their codebooks; 0: as decay
     dropout: float = 0.0  # share of items of a batch that use a random number of codebooks
     dropout_counts: tuple[int, ...] = ()  # the numbers to draw from; empty: 1 to n_codebooks
@@ -396,8 +396,8 @@ def disc_warmup(config: Config, n_steps: int) -> range:
 
 # How a quantizer is trained, not what it is: these may differ from those of the weights a run starts from.
 QUANTIZER_TRAINING = [f"model.quantizer.{key}" for key in
-                      ("decay", "semantic_decay", "semantic_gradient", "dead_threshold", "kmeans_frames", "dropout",
-                       "dropout_counts", "bypass")]  # fmt: skip
+                      ("decay", "semantic_decay", "semantic_gradient", "semantic_to_encoder", "dead_threshold",
+                       "kmeans_frames", "dropout", "dropout_counts", "bypass")]  # fmt: skip
 
 
 def model_differences(there: ModelConfig, here: ModelConfig) -> list[str]:
@@ -547,7 +547,8 @@ MODEL_LIMITS = [  # keys under model
         ("transformer.layer_scale", 0, 1000), ("transformer.rope_theta", 1, 10**12),
         ("n_fft", 2, None), ("dim", 1, None), ("n_blocks", 1, 256), ("expansion", 1, None), ("kernel_size", 1, None)]],
     ("quantizer.n_semantic", 0, None), ("quantizer.n_prosodic", 0, None), ("quantizer.semantic_blocks", 0, 64),
-    ("quantizer.semantic_gradient", 0, 1), ("quantizer.semantic_decay", 0, 1), ("quantizer.bypass", 0, 1),
+    ("quantizer.semantic_gradient", 0, 1), ("quantizer.semantic_to_encoder", 0, 1), ("quantizer.semantic_decay", 0, 1),
+    ("quantizer.bypass", 0, 1),
     ("quantizer.codebook_size", 2, None), ("quantizer.codebook_dim", 1, None),
     ("quantizer.decay", 0, 1), ("quantizer.dead_threshold", 0, 1), ("quantizer.dropout", 0, 1),
     ("quantizer.kmeans_frames", 1, None),
@@ -636,8 +637,8 @@ def _validate_first_group(model: ModelConfig, where: str) -> None:
     if quantizer.n_first >= quantizer.n_codebooks:
         which = "n_semantic + n_prosodic" if quantizer.n_prosodic else "n_semantic"
         raise ValueError(f"{at}.{which}={quantizer.n_first}, expected less than n_codebooks={quantizer.n_codebooks}")
-    defaults = {"n_prosodic": 0, "semantic_blocks": 0, "semantic_inputs": "shared", "semantic_norm": False,
-                "semantic_gradient": 1, "semantic_decay": 0}  # fmt: skip
+    defaults = {"n_prosodic": 0, "semantic_blocks": 0, "semantic_inputs": "shared", "semantic_gradient": 1,
+                "semantic_to_encoder": 1, "semantic_decay": 0}  # fmt: skip
     for key, default in defaults.items():
         if getattr(quantizer, key) != default and not quantizer.n_semantic:
             raise ValueError(f"{at}.{key}={getattr(quantizer, key)} without semantic codebooks; set n_semantic to 1 or more")

@@ -108,7 +108,6 @@ class EMAResidualVQ(nn.Module):
         self.own_inputs = nn.ModuleList(nn.Linear(latent_dim, d, bias=False) for _ in range(n - 1 if own_inputs else 0))
         self.project_out = nn.Linear(d, latent_dim, bias=False) if projected else nn.Identity()
         self.frozen: tuple[int, ...] = ()  # codebooks that update_codebooks leaves as they are
-        self.norm = nn.Identity()  # of inputs
         self.first_gradient = 1.0  # share of the output's gradient that the first input gets; the prefixes pass all of theirs
         self.register_buffer("codebooks", torch.randn(n, k, d))
         self.register_buffer("ema_count", torch.ones(n, k))
@@ -117,7 +116,7 @@ class EMAResidualVQ(nn.Module):
     def forward(self, z: Tensor, n_codebooks: int | None = None) -> QuantizerOutput:
         """Quantize z [B, D, T'] with the first `n_codebooks` (default: all, or as dropout draws in training)."""
         z = z.transpose(1, 2)
-        x = self.norm(self.project_in(z))  # [B, T', d]
+        x = self.project_in(z)  # [B, T', d]
         n = n_codebooks or self.config.n_codebooks
         dropout, bypass = (self.config.dropout, self.config.bypass) if self.training else (0.0, 0.0)
         active = draw_active(len(z), n, dropout, z.device, self.config.dropout_counts)
@@ -125,7 +124,7 @@ class EMAResidualVQ(nn.Module):
         codes, residuals, distances, prefixes, entries = [], [], [], [], []
         for i in range(n):
             if i and len(self.own_inputs):
-                x = self.norm(self.own_inputs[i - 1](z))
+                x = self.own_inputs[i - 1](z)
                 residual = x - z_q.detach()
             residuals.append(residual.detach())
             codes.append(nearest(residuals[-1], self.codebooks[i]))
@@ -153,10 +152,10 @@ class EMAResidualVQ(nn.Module):
     def encode(self, z: Tensor, n_codebooks: int | None = None) -> Tensor:
         """The codes [B, n, T'] that `forward` gives, without what only training needs."""
         z, z_q, codes = z.transpose(1, 2), 0, []
-        residual = self.norm(self.project_in(z))
+        residual = self.project_in(z)
         for i, codebook in enumerate(self.codebooks[:n_codebooks]):
             if i and len(self.own_inputs):
-                residual = self.norm(self.own_inputs[i - 1](z)) - z_q
+                residual = self.own_inputs[i - 1](z) - z_q
             codes.append(nearest(residual, codebook))
             q = F.embedding(codes[-1], codebook)
             residual, z_q = residual - q, z_q + q
@@ -178,13 +177,13 @@ class EMAResidualVQ(nn.Module):
         """
         generator = torch.Generator().manual_seed(0)
         z = z.transpose(1, 2).flatten(0, 1)
-        residual = self.norm(self.project_in(z))
+        residual = self.project_in(z)
         z_q = torch.zeros_like(residual)
         # as if the counts had come from one update, so that the first updates are not outweighed
         scale = frames_per_update / len(residual)
         for i in range(self.config.n_codebooks):
             if i and len(self.own_inputs):
-                residual = self.norm(self.own_inputs[i - 1](z)) - z_q
+                residual = self.own_inputs[i - 1](z) - z_q
             if levels is None or i in levels:
                 means, counts = kmeans(residual, self.config.codebook_size, generator)
                 self.codebooks[i] = means
@@ -269,8 +268,6 @@ class SplitResidualVQ(nn.Module):
             replace(config, n_codebooks=n_first, dropout=0.0, decay=decay), latent_dim, config.semantic_inputs == "own"
         )
         self.semantic.first_gradient = config.semantic_gradient
-        if config.semantic_norm:
-            self.semantic.norm = nn.LayerNorm(config.codebook_dim, elementwise_affine=False)
         self.acoustic = EMAResidualVQ(
             replace(config, n_codebooks=config.n_codebooks - n_first, dropout_counts=counts), latent_dim
         )
@@ -301,6 +298,8 @@ class SplitResidualVQ(nn.Module):
 
     def toward_meaning(self, z: Tensor) -> Tensor:
         """What the first group quantizes: z [B, D, T'] through blocks of its own, where it has some."""
+        if self.config.semantic_to_encoder != 1:
+            z = z.detach().lerp(z, self.config.semantic_to_encoder)
         return self.path(z.transpose(1, 2)).transpose(1, 2) if len(self.path) else z
 
     def encode(self, z: Tensor, n_codebooks: int | None = None) -> Tensor:

@@ -373,3 +373,16 @@ def test_the_heads_of_a_distilled_run_come_along(features, manifest, tmp_path):
     load_initial(folder, t, config)
     saved = load_file(folder / "heads.safetensors")
     assert all(torch.equal(saved[name], value) for name, value in t.heads.state_dict().items())
+
+
+def test_a_weakened_pull_reaches_the_encoder_by_its_share_and_the_projections_whole(features, manifest):
+    received = {}
+    for share in (0.0, 0.2, 1.0):
+        t, segments = set_up(distilled(features, manifest, [f"model.quantizer.semantic_to_encoder={share}"]))
+        wav, targets = default_collate([segments[i] for i in range(2)])
+        loss = t.heads(t.codec(wav).quantized.prefixes, targets)["wavlm"].mean()
+        first = t.codec.encoder.local[0].conv.parametrizations.weight.original1
+        grads = torch.autograd.grad(loss, [t.codec.quantizer.semantic.project_in.weight, first], allow_unused=True)
+        received[share] = [0.0 if grad is None else grad.norm().item() for grad in grads]
+    assert received[0.0][0] == received[0.2][0] == received[1.0][0] > 0
+    assert received[0.0][1] == 0 and received[0.2][1] == pytest.approx(0.2 * received[1.0][1], rel=1e-4)

@@ -59,8 +59,9 @@ def weights(llm: float, wavlm: float, **others: float) -> list[str]:
 
 Q = "model.quantizer"
 STOP = [f"{Q}.semantic_gradient=0"]
-BLOCKS, INPUTS, NORM = [f"{Q}.semantic_blocks=2"], [f"{Q}.semantic_inputs=own"], [f"{Q}.semantic_norm=true"]
+BLOCKS, INPUTS = [f"{Q}.semantic_blocks=2"], [f"{Q}.semantic_inputs=own"]
 OWN, DEEP = [*BLOCKS, *INPUTS, *STOP], [f"{Q}.semantic_blocks=6"]
+FIFTH = [f"{Q}.semantic_to_encoder=0.2"]
 SCHEDULE = "phases=" + json.dumps([
     {"name": name, "steps": STEPS // 2, "set": {"loss_weights.llm": llm, "loss_weights.wavlm": wavlm}}
     for name, llm, wavlm in (("teachers", 15, 60), ("both", 2.5, 10))
@@ -71,7 +72,6 @@ EXPERIMENTS: dict[str, tuple[list[str], str, str]] = {
     "documented, MLP": ([*heads(), *weights(1, 1)], "codes", "all"),
     "own, x20": ([*heads(), *weights(5, 20), *OWN], "codes", "all"),
     "reconstruction only": ([*heads(), *weights(1, 1)], "codes", "none"),
-    "own, x20, norm": ([*heads(), *weights(5, 20), *OWN, *NORM], "codes", "all"),
     "ceiling: own, codes, distillation alone": ([*heads(), *weights(5, 20, **ALONE), *OWN], "codes", "all"),
     "x20": ([*heads(), *weights(5, 20)], "codes", "all"),
     "documented, MLP, wavlm x5": ([*heads(), *weights(1, 5)], "codes", "all"),
@@ -86,8 +86,17 @@ EXPERIMENTS: dict[str, tuple[list[str], str, str]] = {
     "x20, wavlm alone": ([*heads(), *weights(0, 20)], "codes", "all"),
     "x60": ([*heads(), *weights(15, 60)], "codes", "all"),
     "own, x60": ([*heads(), *weights(15, 60), *OWN], "codes", "all"),
+    "own, x200": ([*heads(), *weights(50, 200), *OWN], "codes", "all"),
     "own, 6 blocks, x20": ([*heads(), *weights(5, 20), *OWN, *DEEP], "codes", "all"),
     "own, 6 blocks, x60": ([*heads(), *weights(15, 60), *OWN, *DEEP], "codes", "all"),
+    "own, 6 blocks, x60, nothing into the encoder": (
+        [*heads(), *weights(15, 60), *OWN, *DEEP, f"{Q}.semantic_to_encoder=0"], "codes", "all"),
+    "own, 6 blocks, x60, a fifth into the encoder": ([*heads(), *weights(15, 60), *OWN, *DEEP, *FIFTH], "codes", "all"),
+    "own, 6 blocks, x40, a fifth into the encoder": ([*heads(), *weights(10, 40), *OWN, *DEEP, *FIFTH], "codes", "all"),
+    "6 own blocks, x60": ([*heads(), *weights(15, 60), *DEEP], "codes", "all"),
+    "6 own blocks, x60, a fifth into the encoder": ([*heads(), *weights(15, 60), *DEEP, *FIFTH], "codes", "all"),
+    "ceiling: own, 6 blocks, codes, distillation alone": (
+        [*heads(), *weights(15, 60, **ALONE), *OWN, *DEEP], "codes", "all"),
     "own, 6 blocks, x60 then x10": ([*heads(), *OWN, *DEEP, SCHEDULE], "codes", "all"),
     "own, x60, two prosodic codebooks": (
         [teacher("llm", 384, 1), teacher("wavlm", 512, 3), *weights(15, 60), *OWN, f"{Q}.n_prosodic=2"], "codes", "all"),
@@ -178,7 +187,7 @@ def read_instead(t: Training, what: str, gradient: str) -> None:
         if what == "latent":
             z = z.transpose(1, 2)
             inputs = [group.project_in(z), *(own(z) for own in group.own_inputs)]
-            prefixes = tuple(group.norm(inputs[min(i, len(inputs) - 1)]) for i in range(len(prefixes)))
+            prefixes = tuple(inputs[min(i, len(inputs) - 1)] for i in range(len(prefixes)))
         if gradient == "none":
             prefixes = tuple(prefix.detach() for prefix in prefixes)
         return out._replace(prefixes=prefixes)
@@ -193,9 +202,9 @@ def run_one(data: Path, out_dir: Path, name: str, steps: int) -> None:
     train_set = segments(config, "train", 1, config.data.segment_samples)
     t = build(config, torch.device("cpu"), train_set.teachers)
     load_common(t, out_dir / "base.safetensors")
-    quantizer = config.model.quantizer  # other inputs than those of the common start want codebooks of their own
-    started = range(0 if quantizer.semantic_norm else 2, quantizer.n_first)
-    start_codebooks(t.codec, train_set.segments, config, torch.device("cpu"), started)
+    added = range(2, config.model.quantizer.n_first)
+    if added:
+        start_codebooks(t.codec, train_set.segments, config, torch.device("cpu"), added)
     if (what, gradient) != ("codes", "all"):
         read_instead(t, what, gradient)
     course, started = [], time.monotonic()
@@ -255,7 +264,7 @@ def bits(data: Path, out_dir: Path) -> None:
         for rate_hz in (12.5, 25.0, 50.0):
             train_frames, test_frames = (unit_frames(store, data, split, int(16000 / rate_hz)) for split in ("train", "test"))
             row = {"teacher": name, "rate_hz": rate_hz, "constant": round(1 - float(test_frames.mean(0).norm()), 4)}
-            for size in (16, 64, 256, 1024, 4096):
+            for size in (16, 64, 256, 1024):
                 residual, rest, decoded = train_frames, test_frames, 0
                 for level in (1, 2):
                     means, _ = kmeans(residual, size, torch.Generator().manual_seed(0))
