@@ -346,13 +346,15 @@ def adamw(
     everything = [child for module in modules for child in module.modules()]
     in_transformers = {p for child in everything if isinstance(child, Transformer) for p in child.parameters()}
     scale_of = {p: (index, scale) for index, (members, scale) in enumerate(scaled) for p in members}
-    groups: dict[tuple, list[nn.Parameter]] = {}  # what decides the group does not change when a scale does
+    groups: dict[tuple, list[nn.Parameter]] = {}  # in an order that no setting decides: a resumed run may change it
     for p in (p for module in modules for p in module.parameters() if p.requires_grad):
-        matrix = p.numel() > max(p.shape, default=1)
-        decays = matrix and (optim.weight_decay_on == "all" or p in in_transformers)
-        groups.setdefault((optim.weight_decay if decays else 0.0, *scale_of.get(p, (-1, 1.0))), []).append(p)
-    groups = groups or {(0.0, -1, 1.0): [nn.Parameter(torch.zeros(1))]}
-    described = [{"params": members, "weight_decay": decay, "lr_scale": scale} for (decay, _, scale), members in groups.items()]
+        rank = 2 if p.numel() <= max(p.shape, default=1) else 0 if p in in_transformers else 1
+        decay = (optim.weight_decay, optim.weight_decay if optim.weight_decay_on == "all" else 0.0, 0.0)[rank]
+        index, scale = scale_of.get(p, (-1, 1.0))
+        groups.setdefault((rank, index, decay, scale), []).append(p)
+    groups = groups or {(2, -1, 0.0, 1.0): [nn.Parameter(torch.zeros(1))]}
+    described = [{"params": members, "weight_decay": decay, "lr_scale": scale}
+                 for (_, _, decay, scale), members in sorted(groups.items(), key=lambda item: item[0][:2])]  # fmt: skip
     return torch.optim.AdamW(described, lr=lr, betas=optim.betas, fused=True)
 
 

@@ -80,7 +80,7 @@ def test_a_new_run_starts_from_the_averaged_weights_the_codebooks_and_the_discri
     folder = {"run": source, "checkpoints": source / "checkpoints", "checkpoint": find_checkpoint(source)}[where]
     config = settings(manifest, "optim.ema_decay=0.9", "train.seed=5")
     t = build(config, CPU)
-    assert load_initial(find_checkpoint(folder), t, config) is True
+    assert load_initial(find_checkpoint(folder), t, config)[0] is True
     there = {group: {name[len(group) + 1 :]: value for name, value in saved(find_checkpoint(source), group).items()}
              for group in ("model", "ema", "discriminators")}  # fmt: skip
     assert differing(t.codec.state_dict(), there["model"] | there["ema"]) == []
@@ -94,7 +94,7 @@ def test_a_new_run_starts_from_a_pretrained_folder(manifest, source, tmp_path):
     codec.save_pretrained(tmp_path / "published")
     config = settings(manifest, "optim.ema_decay=0.9")
     t = build(config, CPU)
-    assert load_initial(resolve(tmp_path / "published"), t, config) is False  # it holds no discriminators
+    assert load_initial(resolve(tmp_path / "published"), t, config)[0] is False  # it holds no discriminators
     torch.testing.assert_close(t.codec.eval()(batch()).wav_hat, codec(batch()).wav_hat)
     assert differing(t.averages, t.codec.state_dict()) == []
 
@@ -120,7 +120,7 @@ def test_discriminators_of_another_shape_or_absent_ones_start_fresh(manifest, so
     config = settings(manifest, OTHER_DISCRIMINATORS)
     t = build(config, CPU)
     fresh = copy(t.discriminators)
-    assert load_initial(find_checkpoint(source), t, config) is False
+    assert load_initial(find_checkpoint(source), t, config)[0] is False
     assert differing(fresh, t.discriminators.state_dict()) == []
 
     bare = tmp_path / "bare"
@@ -129,7 +129,7 @@ def test_discriminators_of_another_shape_or_absent_ones_start_fresh(manifest, so
         (bare / name).write_bytes((find_checkpoint(source) / name).read_bytes())
     config = settings(manifest)
     t = build(config, CPU)
-    assert load_initial(find_checkpoint(bare), t, config) is False
+    assert load_initial(find_checkpoint(bare), t, config)[0] is False
     assert differing(t.codec.state_dict(), load_file(bare / "model.safetensors")) == []
 
 
@@ -155,7 +155,7 @@ def test_another_model_is_refused_in_one_line_that_names_the_keys_and_the_config
 def test_how_a_quantizer_is_trained_may_differ_from_the_source(manifest, source):
     config = settings(manifest, "model.quantizer.dropout=0.5", "model.quantizer.decay=0.9", "model.quantizer.bypass=0.5",
                       "model.quantizer.dropout_counts=[1, 3]", "model.quantizer.kmeans_frames=9")  # fmt: skip
-    assert load_initial(find_checkpoint(source), build(config, CPU), config)
+    assert load_initial(find_checkpoint(source), build(config, CPU), config)[0] is True
 
 
 # ---------------------------------------------------------------------- the warm-up

@@ -115,9 +115,9 @@ def test_averages_begin_where_a_run_that_had_none_is_resumed(manifest, tmp_path)
 def test_validation_hears_the_averages_and_training_does_not_notice(manifest, tmp_path, monkeypatch):
     heard, validate = {}, train_codec_gan.validate
 
-    def listening(codec, *rest):
-        heard.update({name: value.clone() for name, value in codec.state_dict().items()})
-        return validate(codec, *rest)
+    def listening(t, *rest):
+        heard.update({name: value.clone() for name, value in t.codec.state_dict().items()})
+        return validate(t, *rest)
 
     monkeypatch.setattr(train_codec_gan, "validate", listening)
     train(settings(manifest), tmp_path / "often", False, CPU)
@@ -154,7 +154,7 @@ def test_weight_decay_can_be_kept_to_transformers():
     decoder = f"model.decoder={{type: conv, decoder_dim: 16, strides: [5, 4], dilations: [1], {body}}}"
     codec, decayed, order = Codec(tiny_config([encoder, decoder]).model), {}, {}
     for where in ("all", "transformer"):
-        optimizer = adamw(codec, 1e-3, tiny_config([f"optim.weight_decay_on={where}"]).optim)
+        optimizer = adamw([codec], 1e-3, tiny_config([f"optim.weight_decay_on={where}"]).optim, [])
         order[where] = [id(p) for group in optimizer.param_groups for p in group["params"]]
         ids = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
         decayed[where] = {name for name, p in codec.named_parameters() if id(p) in ids}
