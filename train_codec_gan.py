@@ -454,14 +454,13 @@ def load_initial(folder: Path, t: Training, config: Config) -> tuple[bool, range
     Returns:
         Whether the discriminators came along, else they stay fresh; and the prosodic codebooks that the codec lacked.
     """
-    there, added = read_model(folder), range(0)
-    if can_grow(there, config.model):
-        n_first = there.quantizer.n_first
-        added, there = range(n_first, config.model.quantizer.n_first), grown(there, config.model)
-    refuse_other_model(there, config.model, f"train.init_from={folder}", Path(__file__).parent / "configs")
+    model, added = read_model(folder), range(0)
     codec, tensors = unwrap(t.codec), inference_tensors(folder)
-    if there != read_model(folder):
-        tensors = grow(tensors, codec.state_dict(), n_first)
+    if can_grow(model, config.model) and grown(model, config.model) != model:
+        added = range(model.quantizer.n_first, config.model.quantizer.n_first)
+        tensors = grow(tensors, codec.state_dict(), model.quantizer.n_first)
+        model = grown(model, config.model)
+    refuse_other_model(model, config.model, f"train.init_from={folder}", Path(__file__).parent / "configs")
     load_into(codec, tensors, str(folder / "model.safetensors"))
     average_weights(t, decay=0.0)
     saved = parse_config((folder / "config.yaml").read_text(), str(folder / "config.yaml")) if (

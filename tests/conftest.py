@@ -1,6 +1,7 @@
 """Shared small things: a tiny config, synthetic speech-like audio, a manifest over it."""
 
 import json
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,15 @@ def speech_like(n_samples: int, sample_rate: int = 8000, seed: int = 0) -> np.nd
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(20261121)  # no seed that a test uses itself: its noise would equal its signal
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    """Put back what a training run in this process replaced."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

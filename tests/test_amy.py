@@ -1,7 +1,6 @@
 """Amy's configs, and the whole path from Mimi's weights and real teachers to probes, at small sizes."""
 
 import json
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -21,14 +20,6 @@ from train_codec_gan import train
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 WORDS = ["the", "cat", "sat", "on", "the", "mat"]
-
-
-@pytest.fixture(autouse=True)
-def signal_handlers():
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
@@ -21,14 +20,6 @@ from train_codec_gan import build, load_initial, start_codebooks, train, train_s
 
 CPU = torch.device("cpu")
 OTHER_DISCRIMINATORS = "discriminators.sets=[{type: mrd, windows: [128], channels: 4}]"
-
-
-@pytest.fixture(autouse=True)
-def signal_handlers():
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """Averaged weights, from the update to the codec a user loads; and which weights decay."""
 
 import math
-import signal
 from pathlib import Path
 
 import pytest
@@ -18,14 +17,6 @@ from train_codec_gan import adamw, build, train, train_step
 
 CPU = torch.device("cpu")
 DECAY = 0.9
-
-
-@pytest.fixture(autouse=True)
-def signal_handlers():
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def batch(seed: int = 0) -> torch.Tensor:
