@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from codec.checkpoint import load_state
-from codec.config import Config, ModelConfig, parse_config, phase_config, to_dict
+from codec.config import TEACHERS, Config, ModelConfig, parse_config, phase_config, to_dict
 from codec.pretrained import public_name
 
 USE_CODEC = '''from codec.audio import load_audio
@@ -139,7 +139,7 @@ def _recipe(config: Config, step: int) -> str:
 def _teachers(config: Config) -> str:
     """Whose features the first codebooks were taught by: their licences may bind."""
     told = []
-    for name in ("llm", "wavlm"):
+    for name in TEACHERS:
         teacher = getattr(config.distill, name)
         if teacher is not None:
             path = Path(teacher.features) / "teacher.json"

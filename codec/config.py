@@ -97,6 +97,7 @@ class EMAQuantizerConfig:
     n_semantic: int = 0  # so many first codebooks code z beside the others, not before them (Mimi)
     n_prosodic: int = 0  # so many after these code what they leave over (Amy)
     semantic_blocks: int = 0  # ConvNeXt blocks between z and these two groups: a pathway of their own
+    semantic_layer_scale: float = 0.0  # where their gains start: 0 leaves a codec that is given such blocks as it was
     semantic_inputs: Literal["shared", "own"] = "shared"  # own: each further codebook of the two groups has its projection of z
     semantic_gradient: float = 1.0  # share of the reconstruction's gradient that the (first) input of the two groups gets
     semantic_to_encoder: float = 1.0  # share of the gradient of these two groups that goes on into the encoder
@@ -196,12 +197,17 @@ class TeacherConfig:
     n_codebooks: int  # how many of the first codebooks, added up, are read
     head: Literal["linear", "mlp", "conv"] = "mlp"  # from codebook_dim to dim
     hidden_dim: int = 512  # of mlp and conv
+    detach_first: int = 0  # the first so many of them are read but not taught: what they leave over shall tell it
 
 
 @dataclass(frozen=True)
 class DistillConfig:
     llm: TeacherConfig | None = None
     wavlm: TeacherConfig | None = None
+    pitch: TeacherConfig | None = None
+
+
+TEACHERS = tuple(f.name for f in dataclasses.fields(DistillConfig))
 
 
 @dataclass(frozen=True)
@@ -216,6 +222,7 @@ class LossWeights:
     codebook: float = 0.0
     llm: float = 0.0
     wavlm: float = 0.0
+    pitch: float = 0.0
 
     @property
     def adversarial(self) -> bool:
@@ -237,7 +244,7 @@ class OptimConfig:
     max_grad_norm_g: float = 1000.0
     max_grad_norm_d: float = 10.0
     lr_scale_heads: float = 1.0  # of distillation heads, times lr_g
-    lr_scale_projections: float = 1.0  # of the quantizer's projections, times lr_g
+    lr_scale_projections: float = 1.0  # of the quantizer's projections and semantic blocks, times lr_g
 
 
 # ---------------------------------------------------------------------- data, training
@@ -276,6 +283,14 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class DoctorConfig:
+    """What watches over the run; its verdicts come with every validation."""
+
+    watch_every: int = 100  # updates between two looks at gradients and codebooks
+    stop_on: Literal["never", "critical"] = "never"  # critical: save and leave where two validations agree on it
+
+
+@dataclass(frozen=True)
 class PhaseConfig:
     name: str
     steps: int
@@ -294,6 +309,7 @@ class Config:
     train: TrainConfig
     phases: tuple[PhaseConfig, ...]
     distill: DistillConfig = field(default_factory=DistillConfig)
+    doctor: DoctorConfig = field(default_factory=DoctorConfig)
 
     @property
     def total_steps(self) -> int:
@@ -396,8 +412,8 @@ def disc_warmup(config: Config, n_steps: int) -> range:
 
 # How a quantizer is trained, not what it is: these may differ from those of the weights a run starts from.
 QUANTIZER_TRAINING = [f"model.quantizer.{key}" for key in
-                      ("decay", "semantic_decay", "semantic_gradient", "semantic_to_encoder", "dead_threshold",
-                       "kmeans_frames", "dropout", "dropout_counts", "bypass")]  # fmt: skip
+                      ("decay", "semantic_decay", "semantic_layer_scale", "semantic_gradient", "semantic_to_encoder",
+                       "dead_threshold", "kmeans_frames", "dropout", "dropout_counts", "bypass")]  # fmt: skip
 
 
 def model_differences(there: ModelConfig, here: ModelConfig) -> list[str]:
@@ -548,7 +564,7 @@ MODEL_LIMITS = [  # keys under model
         ("n_fft", 2, None), ("dim", 1, None), ("n_blocks", 1, 256), ("expansion", 1, None), ("kernel_size", 1, None)]],
     ("quantizer.n_semantic", 0, None), ("quantizer.n_prosodic", 0, None), ("quantizer.semantic_blocks", 0, 64),
     ("quantizer.semantic_gradient", 0, 1), ("quantizer.semantic_to_encoder", 0, 1), ("quantizer.semantic_decay", 0, 1),
-    ("quantizer.bypass", 0, 1),
+    ("quantizer.semantic_layer_scale", 0, 1), ("quantizer.bypass", 0, 1),
     ("quantizer.codebook_size", 2, None), ("quantizer.codebook_dim", 1, None),
     ("quantizer.decay", 0, 1), ("quantizer.dead_threshold", 0, 1), ("quantizer.dropout", 0, 1),
     ("quantizer.kmeans_frames", 1, None),
@@ -559,12 +575,13 @@ LIMITS = [
     ("optim.ema_decay", 0, 1), ("optim.warmup_steps", 0, None),
     ("optim.max_grad_norm_g", 0, None), ("optim.max_grad_norm_d", 0, None),
     ("optim.lr_scale_heads", 0, None), ("optim.lr_scale_projections", 0, None),
-    *[(f"distill.{name}.{key}", 1, None) for name in ("llm", "wavlm") for key in ("dim", "n_codebooks", "hidden_dim")],
+    *[(f"distill.{name}.{key}", 1, None) for name in TEACHERS for key in ("dim", "n_codebooks", "hidden_dim")],
+    *[(f"distill.{name}.detach_first", 0, None) for name in TEACHERS],
     ("data.segment_samples", 1, None), ("data.batch_size", 1, None), ("data.segments_per_epoch", 1, None),
     ("data.n_workers", 0, None), ("data.val_segments", 1, None), ("data.val_segment_samples", 0, None),
     ("train.seed", 0, None), ("train.log_every", 1, None), ("train.val_every", 1, None),
     ("train.checkpoint_every", 1, None), ("train.keep_last", 1, None), ("train.max_minutes", 0, None),
-    ("train.max_skipped_in_row", 1, None), ("train.disc_warmup_steps", 0, None),
+    ("doctor.watch_every", 1, None), ("train.max_skipped_in_row", 1, None), ("train.disc_warmup_steps", 0, None),
 ]  # fmt: skip
 
 # Keys of optim that no phase can change.
@@ -637,8 +654,8 @@ def _validate_first_group(model: ModelConfig, where: str) -> None:
     if quantizer.n_first >= quantizer.n_codebooks:
         which = "n_semantic + n_prosodic" if quantizer.n_prosodic else "n_semantic"
         raise ValueError(f"{at}.{which}={quantizer.n_first}, expected less than n_codebooks={quantizer.n_codebooks}")
-    defaults = {"n_prosodic": 0, "semantic_blocks": 0, "semantic_inputs": "shared", "semantic_gradient": 1,
-                "semantic_to_encoder": 1, "semantic_decay": 0}  # fmt: skip
+    defaults = {"n_prosodic": 0, "semantic_blocks": 0, "semantic_layer_scale": 0, "semantic_inputs": "shared",
+                "semantic_gradient": 1, "semantic_to_encoder": 1, "semantic_decay": 0}  # fmt: skip
     for key, default in defaults.items():
         if getattr(quantizer, key) != default and not quantizer.n_semantic:
             raise ValueError(f"{at}.{key}={getattr(quantizer, key)} without semantic codebooks; set n_semantic to 1 or more")
@@ -648,13 +665,21 @@ def _validate_distillation(config: Config, where: str) -> None:
     """Teachers that fit the quantizer."""
     quantizer = config.model.quantizer
     readable = (quantizer.n_first or quantizer.n_codebooks) if quantizer.type == "ema" else 0
-    for name in ("llm", "wavlm"):
+    for name in TEACHERS:
         teacher = getattr(config.distill, name)
-        if teacher is not None and not readable:
+        if teacher is None:
+            continue
+        if not readable:
             raise ValueError(f"{where}: distill.{name} with model.quantizer.type={quantizer.type}, expected ema; leave one out")
-        if teacher is not None and teacher.n_codebooks > readable:
+        if teacher.n_codebooks > readable:
             group = "n_semantic + n_prosodic" if quantizer.n_first else "n_codebooks"
             raise ValueError(f"{where}: distill.{name}.n_codebooks={teacher.n_codebooks}, expected at most {group}={readable}")
+        if teacher.detach_first >= teacher.n_codebooks:
+            raise ValueError(f"{where}: distill.{name}.detach_first={teacher.detach_first}, expected less than its "
+                             f"n_codebooks={teacher.n_codebooks}: nothing would be taught")  # fmt: skip
+        if teacher.detach_first and quantizer.semantic_inputs != "own":
+            raise ValueError(f"{where}: distill.{name}.detach_first={teacher.detach_first} with semantic_inputs="
+                             f"{quantizer.semantic_inputs}, expected own: else the first codebook alone passes gradient")
 
 
 def _validate_shapes(config: Config, where: str) -> None:
@@ -727,7 +752,7 @@ def _validate_phase(config: Config, index: int, where: str) -> None:
         raise ValueError(f"{where}: phase '{phase.name}' has no loss with a weight above 0; set loss_weights")
     if (weights.adv or weights.feat) and not config.discriminators.sets:
         raise ValueError(f"{where}: phase '{phase.name}' weighs adv or feat, but discriminators.sets is empty; name some")
-    for name in ("llm", "wavlm"):
+    for name in TEACHERS:
         if getattr(weights, name) and getattr(config.distill, name) is None:
             raise ValueError(f"{where}: phase '{phase.name}' weighs {name}, but distill.{name} is not there; name its features")
     if weights.codebook and config.model.quantizer.type == "ema":

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from codec import distributed
-from codec.config import DistillConfig, TeacherConfig
+from codec.config import TEACHERS, DistillConfig, TeacherConfig
 from codec.data import SegmentDataset
 from codec.features import FeatureStore, Targets
 
-Teachers = dict[str, FeatureStore]  # "llm" and "wavlm", as far as the config has them
+Teachers = dict[str, FeatureStore]  # those of config.TEACHERS that the config has
 
 
 def open_teachers(config: DistillConfig) -> Teachers:
@@ -22,7 +24,7 @@ def open_teachers(config: DistillConfig) -> Teachers:
         ValueError: one is not there or not finished, or its features are of another width than the config says.
     """
     stores = {}
-    for name in ("llm", "wavlm"):
+    for name in TEACHERS:
         teacher = getattr(config, name)
         if teacher is not None:
             stores[name] = FeatureStore(teacher.features)
@@ -83,8 +85,14 @@ class Heads(nn.Module):
             prefixes: [B, T', codebook_dim] of the first 1, 2, ... codebooks.
             targets: values [B, T', dim] and mask [B, T'] of each teacher.
         """
-        return {name: 1 - F.cosine_similarity(self.heads[name](prefixes[teacher.n_codebooks - 1]), targets[name].values, -1)
-                for name, teacher in self.configs.items()}  # fmt: skip
+        losses = {}
+        for name, teacher in self.configs.items():
+            prefix = prefixes[teacher.n_codebooks - 1]
+            if teacher.detach_first:
+                untaught = prefixes[teacher.detach_first - 1]
+                prefix = prefix - untaught + untaught.detach()
+            losses[name] = 1 - F.cosine_similarity(self.heads[name](prefix), targets[name].values, -1)
+        return losses
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
@@ -111,9 +119,8 @@ def codebook_gradients(losses: dict[str, Tensor], entries: tuple[Tensor, ...]) -
         grads = torch.autograd.grad(loss, entries, retain_graph=True, allow_unused=True)
         grads = [torch.zeros_like(entry) if grad is None else grad for grad, entry in zip(grads, entries)]
         log |= {f"grad_{name}_to_{i}": grad.norm() for i, grad in enumerate(grads)}
-        key = name if name in ("llm", "wavlm") else "rest"
+        key = name if name in TEACHERS else "rest"
         directions[key] = directions.get(key, 0) + grads[0]
-    for a, b in (("llm", "wavlm"), ("llm", "rest"), ("wavlm", "rest")):
-        if a in directions and b in directions:
-            log[f"pull_{a}_{b}"] = F.cosine_similarity(directions[a].flatten(), directions[b].flatten(), 0)
+    for a, b in combinations([key for key in (*TEACHERS, "rest") if key in directions], 2):
+        log[f"pull_{a}_{b}"] = F.cosine_similarity(directions[a].flatten(), directions[b].flatten(), 0)
     return log

@@ -1,4 +1,4 @@
-"""Fundamental frequency by YIN, and its mean over codec frames."""
+"""Fundamental frequency by YIN, its mean over codec frames, and as a vector that a cosine can compare."""
 
 import numpy as np
 
@@ -11,6 +11,8 @@ THRESHOLD = 0.2  # of the normalised difference: dips below it are periods, fram
 MIN_POWER = 1e-6  # of full scale, -60 dB: below it nothing is voiced
 POINT_S = 0.01  # codec frames longer than this average several measurements
 FRAMES_AT_ONCE = 2000
+N_BINS = 38  # of `pitch_vectors`: a semitone each from MIN_HZ on
+WIDTH = 2  # semitones, of the Gaussian over them
 
 
 def yin(wav: np.ndarray, sample_rate: int, centres_s: np.ndarray) -> np.ndarray:
@@ -53,6 +55,21 @@ def log_f0(wav: np.ndarray, sample_rate: int, hop_length: int, n_frames: int) ->
     points = np.log(yin(wav, sample_rate, centres)).reshape(n_frames, n_points)
     n_voiced = np.isfinite(points).sum(1)
     return np.where(2 * n_voiced >= n_points, np.nansum(points, 1) / n_voiced.clip(1), np.nan)
+
+
+def pitch_vectors(f0: np.ndarray) -> np.ndarray:
+    """Pitch as unit vectors whose cosine falls with distance: to 0.78 two semitones apart, 0.37 four, 0.02 eight.
+
+    Args:
+        f0: [M] Hz, NaN where unvoiced.
+    Returns:
+        float32 [M, 39]: bins of a semitone under a Gaussian around the pitch; unvoiced is the last.
+    Source: Kim et al. 2018 (CREPE) for bins under a Gaussian; width and the unvoiced one are ours.
+    """
+    semitones = 12 * np.log2(f0 / MIN_HZ)
+    bins = np.exp(-np.square((semitones[:, None] - np.arange(N_BINS)) / WIDTH) / 2)
+    vectors = np.append(np.nan_to_num(bins), np.isnan(f0)[:, None], 1)
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
 
 
 def _difference(segments: np.ndarray, window: int) -> np.ndarray:

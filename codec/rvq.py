@@ -161,6 +161,18 @@ class EMAResidualVQ(nn.Module):
             residual, z_q = residual - q, z_q + q
         return torch.stack(codes, 1)
 
+    def unrounded(self, z: Tensor) -> Tensor:
+        """z [B, D, T'] through the projections alone: the straight-through gradient is the gradient of this."""
+        z = z.transpose(1, 2)
+        x = self.project_in(z)
+        x = x.detach().lerp(x, self.first_gradient) + sum(own(z) for own in self.own_inputs)
+        return self.project_out(x).transpose(1, 2)
+
+    @property
+    def ema_counts(self) -> Tensor:
+        """[N, K], how often each entry is in use."""
+        return self.ema_count
+
     def decode(self, codes: Tensor) -> Tensor:
         """Codes [B, n, T'] of the first n codebooks to z_q [B, D, T']."""
         x = sum(F.embedding(codes[:, i], self.codebooks[i]) for i in range(codes.shape[1]))
@@ -261,8 +273,8 @@ class SplitResidualVQ(nn.Module):
         super().__init__()
         self.config, n_first = config, config.n_first
         counts = tuple(count - n_first for count in config.dropout_counts)
-        # scaled by 0 they change nothing at first: a codec that is given such blocks later goes on as it was
-        self.path = nn.Sequential(*[ConvNeXtBlock(latent_dim, 3, 7, 0.0, causal) for _ in range(config.semantic_blocks)])
+        start = config.semantic_layer_scale
+        self.path = nn.Sequential(*[ConvNeXtBlock(latent_dim, 3, 7, start, causal) for _ in range(config.semantic_blocks)])
         decay = config.semantic_decay or config.decay
         self.semantic = EMAResidualVQ(
             replace(config, n_codebooks=n_first, dropout=0.0, decay=decay), latent_dim, config.semantic_inputs == "own"
@@ -301,6 +313,15 @@ class SplitResidualVQ(nn.Module):
         if self.config.semantic_to_encoder != 1:
             z = z.detach().lerp(z, self.config.semantic_to_encoder)
         return self.path(z.transpose(1, 2)).transpose(1, 2) if len(self.path) else z
+
+    def unrounded(self, z: Tensor) -> Tensor:
+        """As `EMAResidualVQ.unrounded`."""
+        return self.semantic.unrounded(self.toward_meaning(z)) + self.acoustic.unrounded(z)
+
+    @property
+    def ema_counts(self) -> Tensor:
+        """[N, K]."""
+        return torch.cat([self.semantic.ema_count, self.acoustic.ema_count])
 
     def encode(self, z: Tensor, n_codebooks: int | None = None) -> Tensor:
         """As `EMAResidualVQ.encode`."""
@@ -392,6 +413,14 @@ class FactorizedResidualVQ(nn.Module):
             z_q = z_q + mask * z_q_i
             residual = residual - z_q_i
         return QuantizerOutput(z_q, torch.stack(codes, 1), commit, codebook, None, active, None)
+
+    def unrounded(self, z: Tensor) -> Tensor:
+        """As `EMAResidualVQ.unrounded`."""
+        residual, output = z, 0
+        for level in self.levels:
+            part = level.out_proj(level.in_proj(residual))
+            residual, output = residual - part, output + part
+        return output
 
     def encode(self, z: Tensor, n_codebooks: int | None = None) -> Tensor:
         """As `EMAResidualVQ.encode`."""

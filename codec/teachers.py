@@ -1,7 +1,7 @@
-"""`codec features`: what a speech or a language model makes of every utterance of a manifest, computed once and kept.
+"""`codec features`: what a teacher makes of every utterance of a manifest, computed once and kept.
 
 Speech: WavLM, HuBERT, wav2vec 2.0 and their kin, or the encoder of Whisper. Text: any model whose hidden states
-transformers gives, over the transcripts of a words file.
+transformers gives, over the transcripts of a words file. Pitch: no model, but YIN.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from codec.features import (
     write_tokens,
 )
 from codec.files import write_atomically
+from codec.pitch import N_BINS, POINT_S, pitch_vectors, yin
 from codec.pretrained import public_name, read_json
 from codec.words import Transcript, character_spans, check_words, find_transcript, read_words
 
@@ -51,6 +52,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     teacher = command.add_mutually_exclusive_group(required=True)
     teacher.add_argument("--speech", metavar="FOLDER_OR_HUB_ID", help=f"speech teacher: {SUPPORTED}")
     teacher.add_argument("--text", metavar="FOLDER_OR_HUB_ID", help="text teacher: a language model with a fast tokenizer")
+    teacher.add_argument("--pitch", action="store_true", help="the fundamental frequency, by YIN: for prosodic codebooks")
     command.add_argument("--words", type=Path, help="transcripts and times of words, .jsonl or .ctm; --text needs it")
     command.add_argument("--layer", type=_layer, help="hidden state as transformers counts, 0 before the first layer, or mean "
                          "of all (default -1, the last, for speech; -2, the last but one, for text)")  # fmt: skip
@@ -75,7 +77,7 @@ def _shard(text: str) -> tuple[int, int]:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Features of a speech or text teacher for every utterance of a manifest, for distillation; goes on where it stopped."""
+    """Features of a teacher for every utterance of a manifest, for distillation; goes on where it stopped."""
     if (options.text is None) != (options.words is None):
         raise ValueError("--words: belongs to --text, and --text needs it; give both or neither")
     utterances, sample_rate = _read_utterances(options.manifest)
@@ -117,7 +119,9 @@ def _read_utterances(manifest: Path) -> tuple[list[Utterance], int]:
     return utterances, sample_rate
 
 
-def _load_teacher(options: argparse.Namespace, sample_rate: int) -> SpeechTeacher | TextTeacher:
+def _load_teacher(options: argparse.Namespace, sample_rate: int) -> Teacher:
+    if options.pitch:
+        return PitchTeacher(sample_rate)
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -149,7 +153,7 @@ def _is_done(folder: Path, utterance: Utterance, sample_rate: int, newest: float
 
 
 def _compute(
-    teacher: SpeechTeacher | TextTeacher, utterances: list[Utterance], folder: Path, batch_s: float, sample_rate: int
+    teacher: Teacher, utterances: list[Utterance], folder: Path, batch_s: float, sample_rate: int
 ) -> int:
     """Write the features of the utterances; number of those skipped: one bad utterance must not stop the rest."""
     skipped: list[tuple[Utterance, ValueError]] = []
@@ -239,11 +243,7 @@ class SpeechTeacher:
 
     def prepare(self, utterance: Utterance) -> np.ndarray:
         """The utterance at the teacher's rate and level, float32 [T]. Raises: ValueError: unreadable, or of another length."""
-        wav = load_audio(utterance.path, self.rate)[0].numpy()
-        expected = math.ceil(utterance.n_samples * self.rate / self.sample_rate)
-        if len(wav) != expected:
-            raise ValueError(f"{utterance.name}: {len(wav) / self.rate:.3f} s of audio, the manifest says "
-                             f"{utterance.n_samples / self.sample_rate:.3f} s; prepare the data again")  # fmt: skip
+        wav = check_length(load_audio(utterance.path, self.rate)[0].numpy(), utterance, self.rate, self.sample_rate)
         if self._n_frames(len(wav)) < 1:
             raise ValueError(f"{utterance.name}: {len(wav)} samples at {self.rate} Hz, the teacher needs {self.field}")
         if self.is_whisper:
@@ -300,6 +300,14 @@ class SpeechTeacher:
             raise ValueError(f"{self.source}: {states.shape[1]} frames for {wavs.shape[1]} samples, its convolutions make "
                                f"{self._n_frames(wavs.shape[1])}; expected {SUPPORTED}")  # fmt: skip
         return states
+
+
+def check_length(wav: np.ndarray, utterance: Utterance, rate: int, sample_rate: int) -> np.ndarray:
+    """The audio [T] at `rate`, as long as the manifest, of `sample_rate`, says. Raises: ValueError: it is not."""
+    if len(wav) != math.ceil(utterance.n_samples * rate / sample_rate):
+        raise ValueError(f"{utterance.name}: {len(wav) / rate:.3f} s of audio, the manifest says "
+                         f"{utterance.n_samples / sample_rate:.3f} s; prepare the data again")  # fmt: skip
+    return wav
 
 
 def receptive_field(kernels: list[int], strides: list[int]) -> tuple[int, int]:
@@ -409,6 +417,39 @@ def token_spans(offsets: list[tuple[int, int]], character_s: np.ndarray) -> tupl
             kept.append(i)
             spans.append((on_words[:, 0].min(), on_words[:, 1].max()))
     return kept, spans
+
+
+# ---- pitch ------------------------------------------------------------------------------------------------
+
+class PitchTeacher:
+    """The fundamental frequency every 10 ms, as `pitch_vectors` has it.
+
+    Attributes:
+        info: what teacher.json tells of it.
+    """
+
+    def __init__(self, sample_rate: int):
+        """Args: sample_rate: the manifest's."""
+        self.sample_rate = sample_rate
+        self.info = {"kind": "frames", "teacher": "yin", "layer": 0, "dim": N_BINS + 1, "frame_s": POINT_S,
+                     "first_centre_s": POINT_S / 2}  # fmt: skip
+
+    def prepare(self, utterance: Utterance) -> np.ndarray:
+        """float32 [T] at the manifest's rate. Raises: ValueError: unreadable, or of another length."""
+        wav = load_audio(utterance.path, self.sample_rate)[0].numpy()
+        return check_length(wav, utterance, self.sample_rate, self.sample_rate)
+
+    def compute(self, wavs: list[np.ndarray]) -> list[Tensor]:
+        """[T] each -> [N, D] each."""
+        centres_s = [(np.arange(math.ceil(len(wav) / self.sample_rate / POINT_S)) + 0.5) * POINT_S for wav in wavs]
+        return [torch.from_numpy(pitch_vectors(yin(wav, self.sample_rate, at))) for wav, at in zip(wavs, centres_s)]
+
+    def write(self, utterance: Utterance, folder: Path, features: Tensor) -> None:
+        """Keep what `compute` gave."""
+        write_frames(folder, utterance.name, features, utterance, self.sample_rate)
+
+
+Teacher = SpeechTeacher | TextTeacher | PitchTeacher
 
 
 # ---- transformers -----------------------------------------------------------------------------------------

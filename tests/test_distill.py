@@ -386,3 +386,29 @@ def test_a_weakened_pull_reaches_the_encoder_by_its_share_and_the_projections_wh
         received[share] = [0.0 if grad is None else grad.norm().item() for grad in grads]
     assert received[0.0][0] == received[0.2][0] == received[1.0][0] > 0
     assert received[0.0][1] == 0 and received[0.2][1] == pytest.approx(0.2 * received[1.0][1], rel=1e-4)
+
+
+def test_a_teacher_of_what_is_left_over_teaches_the_second_input_alone(features, manifest):
+    own = "model.quantizer.semantic_inputs=own"
+    received = {}
+    for detach_first in (0, 1):
+        t, segments = set_up(distilled(features, manifest, [own, f"distill.wavlm.detach_first={detach_first}"]))
+        wav, targets = default_collate([segments[i] for i in range(2)])
+        out = t.codec(wav)
+        losses = t.heads(out.quantized.prefixes, targets)
+        group = t.codec.quantizer.semantic
+        weights = [group.project_in.weight, group.own_inputs[0].weight]
+        grads = torch.autograd.grad(losses["wavlm"].mean(), weights, allow_unused=True)
+        received[detach_first] = [0 if grad is None else grad.norm().item() for grad in grads], losses["wavlm"]
+    assert min(received[0][0]) > 0
+    assert received[1][0][0] == 0 and received[1][0][1] == pytest.approx(received[0][0][1], rel=1e-4)
+    torch.testing.assert_close(received[1][1], received[0][1])  # it reads the same
+
+
+@pytest.mark.parametrize("overrides, message", [
+    (["distill.wavlm.detach_first=1"], "distill.wavlm.detach_first=1 with semantic_inputs=shared, expected own"),
+    (["model.quantizer.semantic_inputs=own", "distill.wavlm.detach_first=2"], "expected less than its n_codebooks=2"),
+])  # fmt: skip
+def test_a_teacher_that_would_teach_nothing_is_refused(features, manifest, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        distilled(features, manifest, overrides)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from conftest import speech_like
 
-from codec.pitch import _difference, log_f0, yin
+from codec.pitch import _difference, log_f0, pitch_vectors, yin
 
 
 def tone(pitch_hz: np.ndarray, sample_rate: int, harmonics=range(1, 8)) -> np.ndarray:
@@ -78,3 +78,11 @@ def test_a_frame_is_voiced_where_half_of_it_is():
 def test_nothing_asked_is_nothing_measured_and_times_beyond_the_end_are_silent():
     assert log_f0(np.zeros(10), 16000, 320, 0).shape == (0,)
     assert np.isnan(yin(tone(np.full(8000, 150.0), 8000), 8000, np.array([-1.0, 5.0]))).all()
+
+
+def test_the_cosine_of_pitch_vectors_tells_how_far_apart_two_pitches_are():
+    f0 = np.array([100, 100 * 2 ** (2 / 12), 100 * 2 ** (4 / 12), 200, np.nan])
+    vectors = pitch_vectors(f0)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-6)
+    np.testing.assert_allclose(vectors @ vectors[0], [1, np.exp(-4 / 16), np.exp(-1), 0, 0], atol=0.02)
+    assert vectors[4] @ vectors[4] == 1 and not vectors[:4, -1].any()

@@ -26,6 +26,7 @@ from transformers import (
 
 from codec import teachers
 from codec.audio import load_audio
+from codec.data import read_manifest
 from codec.features import FeatureStore, feature_path, read_header
 from codec.teachers import SpeechTeacher, TextTeacher, batches_by_length, receptive_field, token_spans
 
@@ -419,3 +420,22 @@ def test_options_that_make_no_sense_are_refused(arguments, capsys):
     with pytest.raises(SystemExit, match="2"):
         features("m.jsonl", "out", "--speech", "teacher", *arguments)
     assert "expected" in capsys.readouterr().err or arguments[0] == "--text"
+
+
+# ---- pitch ------------------------------------------------------------------------------------------------
+
+def test_pitch_features_follow_a_known_pitch_every_10_ms_and_silence_is_unvoiced(tmp_path):
+    half = np.arange(12000) / 24000
+    wav = np.concatenate([sum(np.sin(2 * np.pi * 150 * k * half) / k for k in range(1, 8)) * 0.1, np.zeros(12001)])
+    sf.write(tmp_path / "a.wav", wav, 24000, subtype="PCM_16")
+    line = {"path": "a.wav", "speaker": "s", "split": "train", "sample_rate": 24000, "n_samples": len(wav)}
+    features(write_lines(tmp_path / "manifest.jsonl", [line]), tmp_path / "out", "--pitch")
+    rows = load_file(tmp_path / "out" / "a.safetensors")["features"].float().numpy()
+    assert rows.shape == (101, 39)
+    assert (rows[5:45, :-1].argmax(1) == round(12 * np.log2(150 / 60))).all() and (rows[5:45, -1] == 0).all()
+    assert (rows[60:, -1] == 1).all() and not rows[60:, :-1].any()
+    store = FeatureStore(tmp_path / "out")
+    utterance = read_manifest(tmp_path / "manifest.jsonl", "train", 24000)[0]
+    assert store.check([utterance], 24000) == 0
+    values, mask = store.targets(utterance, 0, len(wav) // 480, 480, 24000)
+    assert mask.all() and values[5:20, :-1].argmax(1).unique().tolist() == [16]
