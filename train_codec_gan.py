@@ -23,7 +23,7 @@ from torch.nn.utils import clip_grad_norm_, parametrize
 from torch.utils.data import default_collate
 from tqdm import tqdm
 
-from codec import distributed, metrics
+from codec import distributed, metrics, preflight
 from codec.checkpoint import (
     find_checkpoint,
     grow,
@@ -36,6 +36,7 @@ from codec.checkpoint import (
     save_checkpoint,
 )
 from codec.config import (
+    TEACHERS,
     Config,
     EMAQuantizerConfig,
     FactorizedQuantizerConfig,
@@ -54,8 +55,10 @@ from codec.config import (
 from codec.data import SegmentDataset, StepSampler, read_manifest, segment_loader
 from codec.discriminator import Discriminators
 from codec.distill import DistilledSegments, Heads, Teachers, codebook_gradients, masked_mean, open_teachers
+from codec.doctor import to_markdown
 from codec.features import Targets
 from codec.files import write_atomically
+from codec.health import Diagnosis, History, diagnose
 from codec.layers import Transformer
 from codec.losses import (
     Balancer,
@@ -68,11 +71,14 @@ from codec.losses import (
     waveform_loss,
 )
 from codec.model import Codec, CodecOutput
+from codec.preflight import Check
 from codec.pretrained import read_model, resolve
-from codec.runlog import EpochMeans, RunLog
+from codec.runlog import EpochMeans, RunLog, read_metrics
+from codec.watch import NEUTRAL, CodebookWatch, constants, gradient_figures, over_interval, sound_figures
 
 ONLY_AT_START = ("init_from", "disc_warmup_steps")  # keys of train without a say in a resumed run; a warm-up can end early
-PROJECTIONS = ("project_in", "project_out", "own_inputs", "in_proj", "out_proj")  # of a quantizer
+PROJECTIONS = ("project_in", "project_out", "own_inputs", "in_proj", "out_proj", "path")  # of a quantizer
+BRIEF_S, PREFLIGHT_S = 30.0, 600.0  # seconds of audio that are looked at before a run, and by --preflight
 VAL_SEED = 12345  # validation segments are the same in every run on the same data
 
 
@@ -95,7 +101,8 @@ class Training:
 
 
 def train_step(
-    wav: Tensor, t: Training, config: Config, step: int, warming: bool = False, targets: dict[str, Targets] | None = None
+    wav: Tensor, t: Training, config: Config, step: int, warming: bool = False, targets: dict[str, Targets] | None = None,
+    watch: CodebookWatch | None = None,
 ) -> dict[str, Tensor]:
     """One discriminator update, then one generator update, on the same forward of the codec.
 
@@ -105,6 +112,7 @@ def train_step(
         step: number of this update; seeds what is random in it.
         warming: update the discriminators alone; nothing of the codec changes.
         targets: what the teachers of a distillation say of this batch, by name.
+        watch: given at the updates whose gradients and codebooks the doctor wants to see.
     Returns:
         Unweighted terms, totals and gradient norms by name, detached. `skipped_g` or `skipped_d` is 1 where a
         non-finite loss or gradient made that update be left out.
@@ -115,8 +123,7 @@ def train_step(
     set_learning_rates(t, optim, step, config.total_steps)
     with precision, torch.set_grad_enabled(not warming):
         out = t.codec(wav)  # the only forward of the codec: codebook statistics see each batch once
-    log = {"snr_db": metrics.snr_db(wav, out.wav_hat).nanmean(),
-           "amplitude_ratio": metrics.amplitude_ratio(wav, out.wav_hat).nanmean()}  # fmt: skip
+    log = sound_figures(wav, out.wav_hat)
 
     # Discriminator: real against detached fake, in one pass.
     if weights.adversarial:
@@ -125,6 +132,8 @@ def train_step(
             logits, _ = t.discriminators(torch.cat([wav, out.wav_hat.detach()]))
         logits_real, logits_fake = zip(*(x.chunk(2) for x in logits))
         loss_d = discriminator_loss(logits_real, logits_fake, kind)
+        log["logit_real"], log["logit_fake"] = (torch.stack([x.detach().float().mean() for x in side]).mean()
+                                                for side in (logits_real, logits_fake))  # fmt: skip
         log["acc_real"], log["acc_fake"] = metrics.discriminator_accuracy(logits_real, logits_fake, kind)
         t.optimizer_d.zero_grad()
         loss_d.backward()
@@ -158,6 +167,9 @@ def train_step(
         signal = {"balanced": (out.wav_hat * t.balancer(weighted, out.wav_hat)).sum()}
     if targets and (step + 1) % config.train.log_every == 0 and out.quantized.entries[0].requires_grad:
         log |= codebook_gradients(signal | taught, out.quantized.entries)
+    if watch:
+        log |= gradient_figures(signal, weights.commit * out.quantized.commit, out, unwrap(t.codec).quantizer)
+        log |= watch.figures(out, unwrap(t.codec).quantizer)
     t.optimizer_g.zero_grad()
     (sum(signal.values()) + aside).backward()
     log["grad_norm_g"] = clip_grad_norm_([*t.codec.parameters(), *t.heads.parameters()], optim.max_grad_norm_g)
@@ -179,7 +191,7 @@ def distillation_terms(out: CodecOutput, targets: dict[str, Targets], t: Trainin
         log[f"{name}_frames"] = distributed.mean_over_ranks(targets[name].mask.mean())
         log[name] = torch.where(log[f"{name}_frames"] > 0, term.detach(), math.nan)  # a batch without words says nothing
         log[f"{name}_similarity"] = 1 - log[name]
-    if len(terms) == 2:
+    if "llm" in terms and "wavlm" in terms:
         log["wavlm_llm_ratio"] = log["wavlm"] / log["llm"]
     return terms
 
@@ -307,6 +319,7 @@ def build(config: Config, device: torch.device, teachers: Teachers | None = None
     codec = Codec(config.model).to(device).train()
     discriminators = Discriminators(config.discriminators).to(device).train()
     if config.train.compile:
+        torch._functorch.config.donated_buffer = False  # balancer and doctor walk a graph more than once
         for module in (codec.encoder, codec.decoder, discriminators):
             module.compile()
     heads = Heads(config.distill, config.model.quantizer.codebook_dim, teachers or {}).to(device).train()
@@ -474,6 +487,65 @@ def load_initial(folder: Path, t: Training, config: Config) -> tuple[bool, range
     return alike, added
 
 
+def open_data(config: Config) -> tuple[DistilledSegments, DistilledSegments]:
+    """Training and validation segments, with what the teachers say of them."""
+    data, sample_rate = config.data, config.model.sample_rate
+    train_set = SegmentDataset(read_manifest(data.manifest, "train", sample_rate), data.segment_samples, config.train.seed,
+                               data.speaker_balanced)  # fmt: skip
+    val_utterances = read_manifest(data.manifest, "val", sample_rate) or train_set.utterances
+    val_set = SegmentDataset(val_utterances, data.val_segment_samples or data.segment_samples, VAL_SEED)
+    teachers = open_teachers(config.distill)
+    for name, store in teachers.items():
+        utterances = {u.name: u for u in [*train_set.utterances, *val_utterances]}  # which may be the same
+        n_without = store.check(list(utterances.values()), sample_rate)
+        tell(f"{name}: features of {store.folder}; {n_without} utterances have no target")
+    hop_length = config.model.encoder.hop_length
+    return tuple(DistilledSegments(part, teachers, hop_length, sample_rate) for part in (train_set, val_set))
+
+
+def look_before(config: Config, segments: DistilledSegments, val_segments: DistilledSegments, max_s: float) -> list[Check]:
+    """What preflight says of data and arithmetic; reads at most so many seconds of audio."""
+    train_utterances, sample_rate = segments.segments.utterances, config.model.sample_rate
+    val = [] if val_segments.segments.utterances is train_utterances else val_segments.segments.utterances
+    test = read_manifest(config.data.manifest, "test", sample_rate)
+    pieces, _ = preflight.read_pieces(train_utterances, sample_rate, max_s / 2)
+    return [*preflight.check_data(train_utterances, val, test, sample_rate, max_s),
+            *preflight.check_arithmetic(config, train_utterances, [wav for _, wav in pieces])]  # fmt: skip
+
+
+def rehearse(config: Config, device: torch.device, price_per_hour: float) -> int:
+    """`--preflight`: all its checks, with real updates that are thrown away; 1 where one says stop, else 0."""
+    segments, val_segments = open_data(config)
+    checks = look_before(config, segments, val_segments, PREFLIGHT_S)
+    t = build(config, device, segments.teachers)
+    if config.train.init_from:
+        load_initial(resolve(config.train.init_from), t, config)
+    elif config.model.quantizer.type == "ema":
+        start_codebooks(unwrap(t.codec), segments.segments, config, device)
+    sampler = StepSampler(0, 2**31, config.data.batch_size, distributed.rank(), distributed.world_size())
+    batches = iter(segment_loader(segments, sampler, config.data.n_workers, pin_memory=device.type == "cuda"))
+    phases = [phase_config(config, index) for index in range(len(config.phases))]
+    looks = {}  # the first update of each phase, as the doctor sees it
+
+    def take_step(index: int) -> dict:
+        wav, targets = next(batches)
+        wav, targets = wav.to(device, non_blocking=True), to_device(targets, device)
+        watch = None if index in looks else CodebookWatch()
+        values = {key: float(value) for key, value in train_step(wav, t, phases[index], 0, False, targets, watch).items()}
+        return looks.setdefault(index, values)
+
+    cost = preflight.measure(config, take_step, lambda: validate(t, val_segments, config, device, None, 0))
+    for index, look in looks.items():
+        grads = {key.removeprefix("grad_out_").removeprefix("grad_"): value for key, value in look.items()
+                 if key.startswith(("grad_out_", "grad_z_"))}  # fmt: skip
+        checks += preflight.check_config(config, grads, index)
+    n_parameters = sum(p.numel() for p in unwrap(t.codec).parameters())
+    checks += preflight.check_resources(config, cost, n_parameters, price_per_hour)
+    if distributed.is_main():
+        print(preflight.render(checks, brief=False))
+    return int(any(check.level == "stop" for check in checks))
+
+
 # ---------------------------------------------------------------------------- the loop
 
 
@@ -491,26 +563,13 @@ def train(config: Config, run_dir: Path, resume: bool, device: torch.device) -> 
     if not resume and (run_dir / "metrics.jsonl").exists():
         raise ValueError(f"{run_dir}: holds a run already; go on with it by --resume, or name another --run_dir")
 
-    # Data
-    data = config.data
-    train_set = SegmentDataset(read_manifest(data.manifest, "train", config.model.sample_rate), data.segment_samples,
-                               config.train.seed, data.speaker_balanced)  # fmt: skip
-    val_utterances = read_manifest(data.manifest, "val", config.model.sample_rate)
-    if not val_utterances:
-        tell(f"warning: {data.manifest} has no val split; val/ figures will be of training data")
-        val_utterances = read_manifest(data.manifest, "train", config.model.sample_rate)
-    val_set = SegmentDataset(val_utterances, data.val_segment_samples or data.segment_samples, VAL_SEED)
-    teachers = open_teachers(config.distill)
-    for name, store in teachers.items():
-        utterances = {u.name: u for u in [*train_set.utterances, *val_utterances]}  # which may be the same
-        n_without = store.check(list(utterances.values()), config.model.sample_rate)
-        tell(f"{name}: features of {store.folder}; {n_without} utterances have no target")
-    hop_length = config.model.encoder.hop_length
-    segments = DistilledSegments(train_set, teachers, hop_length, config.model.sample_rate)
-    val_segments = DistilledSegments(val_set, teachers, hop_length, config.model.sample_rate)
+    data, hop_length = config.data, config.model.encoder.hop_length
+    segments, val_segments = open_data(config)
+    if main:
+        tell(preflight.render(look_before(config, segments, val_segments, BRIEF_S), brief=True))
 
     # Model: where the last run left it, or another run's, or a new one
-    t, added = build(config, device, teachers), range(0)
+    t, added = build(config, device, segments.teachers), range(0)
     state = {"step": 0, "best_mel": math.inf, "skipped_in_row": 0, "sums": {}, "counts": {}, "disc_warmup_steps": 0}
     if resume and any((run_dir / "checkpoints").glob("step_*")):
         folder = find_checkpoint(run_dir)
@@ -530,7 +589,7 @@ def train(config: Config, run_dir: Path, resume: bool, device: torch.device) -> 
     if distributed.all_reduce_max(first).sum() != 0:
         raise ValueError(f"{run_dir}: processes found checkpoints of different steps; put the run on a shared disk")
     if state["step"] == 0 and config.model.quantizer.type == "ema" and (added or not config.train.init_from):
-        start_codebooks(unwrap(t.codec), train_set, config, device, added or None)
+        start_codebooks(unwrap(t.codec), segments.segments, config, device, added or None)
         average_weights(t, decay=0.0)
     log = None
     if main:
@@ -551,19 +610,23 @@ def train(config: Config, run_dir: Path, resume: bool, device: torch.device) -> 
     bar = tqdm(total=config.total_steps, initial=state["step"], disable=not main, unit="step", dynamic_ncols=True,
                mininterval=0.5 if sys.stderr.isatty() else 30)  # fmt: skip
     shown, clock, clock_step = {}, time.monotonic(), state["step"]
+    watch, recent, explained, verdicts = CodebookWatch(), [], None, []
     for wav, targets in loader:
         step = state["step"]
         phase = phase_at(config, step)
         wav, targets = wav.to(device, non_blocking=True), to_device(targets, device)
-        values = train_step(wav, t, phases[phase], step, warming=step in warmup, targets=targets)
+        watched = (step + 1) % config.doctor.watch_every == 0
+        values = train_step(wav, t, phases[phase], step, step in warmup, targets, watch if watched else None)
         names = list(values)
         over_time = config.train.max_minutes and time.monotonic() - started > 60 * config.train.max_minutes
         packed = torch.stack([values[name].float() for name in names]
-                             + [torch.tensor(float(bool(stop_requested or over_time)), device=device)])  # fmt: skip
+                             + [torch.tensor(float(bool(stop_requested or over_time or dying(verdicts, config))),
+                                             device=device)])  # fmt: skip
         *averages, stop = distributed.mean_over_ranks(packed).tolist()
         values = dict(zip(names, averages))
         state["step"] = step = step + 1
         means.add({f"train/{name}": value for name, value in values.items()})
+        recent.append(values)
         bar.update()
 
         # A non-finite update was left out already; here it is named, and ends the run when it repeats.
@@ -573,16 +636,30 @@ def train(config: Config, run_dir: Path, resume: bool, device: torch.device) -> 
             tell(f"step {step}: update skipped, not finite: {', '.join(bad)}", bar)
             if state["skipped_in_row"] >= config.train.max_skipped_in_row:
                 bar.close()
+                if main:
+                    named = values | over_interval(recent, phases[phase].optim)
+                    log.scalars(step, {f"train/{name}_step": value for name, value in named.items()})
+                    examine(run_dir, log, step)
                 raise ValueError(f"step {step}: {state['skipped_in_row']} updates in a row were not finite "
                                  f"({', '.join(bad)}); lower optim.lr_g or train in fp32, then --resume")  # fmt: skip
         else:
             state["skipped_in_row"] = 0
 
-        if main and step % config.train.log_every == 0:
+        if main and (step % config.train.log_every == 0 or watched):
             rate = (step - clock_step) * audio_s_per_step / max(time.monotonic() - clock, 1e-9)
             clock, clock_step = time.monotonic(), step
             rates = {"lr_g": t.optimizer_g.param_groups[0]["lr"], "lr_d": t.optimizer_d.param_groups[0]["lr"],
-                     "audio_s_per_s": rate, "audio_hours": step * audio_s_per_step / 3600}  # fmt: skip
+                     "audio_s_per_s": rate, "audio_hours": step * audio_s_per_step / 3600,
+                     **over_interval(recent, phases[phase].optim)}  # fmt: skip
+            recent.clear()
+            if explained != phase:
+                explained, kind = phase, config.losses.adversarial
+                rates |= constants(phases[phase].loss_weights, {
+                    "phase": phase, "phase_start": sum(p.steps for p in config.phases[:phase]),
+                    "total_steps": config.total_steps, "steps_per_epoch": steps_per_epoch, "loss_d_neutral": NEUTRAL[kind],
+                    "codebook_size": config.model.quantizer.codebook_size,
+                    "frames_per_step": data.batch_size * data.segment_samples // hop_length,
+                })  # fmt: skip
             log.scalars(step, {f"train/{name}_step": value for name, value in (values | rates).items()})
             shown |= {"audio_s/s": f"{rate:.0f}", "mel": f"{values.get('mel', math.nan):.3f}",
                       "snr": f"{values['snr_db']:.1f}dB", "amp": f"{values['amplitude_ratio']:.2f}",
@@ -602,6 +679,8 @@ def train(config: Config, run_dir: Path, resume: bool, device: torch.device) -> 
             if main:
                 log.scalars(step, {f"{name}_step": value for name, value in scores.items()})
             tell(validation_line(step, config.phases[phase].name, scores, values), bar)
+            if main:
+                verdicts.append(examine(run_dir, log, step, bar))
             clock, clock_step = time.monotonic(), step
         if main and (step % steps_per_epoch == 0 or last):
             log.scalars(step, {"epoch": step / steps_per_epoch}
@@ -616,6 +695,25 @@ def train(config: Config, run_dir: Path, resume: bool, device: torch.device) -> 
     bar.close()
     if log:
         log.close()
+    if main and dying(verdicts, config):
+        raise ValueError(f"{run_dir}: stopped by the doctor at step {step}, see health.md there; doctor.stop_on: never goes on")
+
+
+def examine(run_dir: Path, log: RunLog, step: int, bar: tqdm | None = None) -> Diagnosis:
+    """What the doctor says of the run so far: to run_dir/health.md, TensorBoard, and where it found something, the console."""
+    diagnosis = diagnose(History.from_rows(read_metrics(run_dir)))
+    text = to_markdown(diagnosis, run_dir.name)
+    write_atomically(run_dir / "health.md", text)
+    log.text(step, "health", text)
+    for finding in diagnosis.findings:
+        tell(f"step {step}: {finding.level}: {finding.title}: {finding.evidence}; {finding.mend}", bar)
+    return diagnosis
+
+
+def dying(verdicts: list[Diagnosis], config: Config) -> bool:
+    """Whether the doctor shall end the run: two validations in a row agree on a critical finding."""
+    critical = [{finding.number for finding in d.findings if finding.level == "critical"} for d in verdicts[-2:]]
+    return config.doctor.stop_on == "critical" and len(critical) == 2 and bool(critical[0] & critical[1])
 
 
 def validation_line(step: int, name: str, scores: dict, values: dict) -> str:
@@ -623,7 +721,7 @@ def validation_line(step: int, name: str, scores: dict, values: dict) -> str:
     perplexity = [value for key, value in scores.items() if key.startswith("val/perplexity")]
     return (f"step {step} ({name}): val mel {scores['val/mel']:.2f} dB, snr {scores['val/snr_db']:.2f} dB, "
             f"amplitude {scores['val/amplitude_ratio']:.2f}, perplexity {min(perplexity):.0f} to {max(perplexity):.0f}"
-            + "".join(f", {name} {scores[f'val/{name}']:.3f}" for name in ("llm", "wavlm") if f"val/{name}" in scores)
+            + "".join(f", {name} {scores[f'val/{name}']:.3f}" for name in TEACHERS if f"val/{name}" in scores)
             + "".join(f", {name} {values[name]:.3f}" for name in ("loss_g", "loss_d") if name in values))  # fmt: skip
 
 
@@ -643,11 +741,16 @@ def main() -> int:
     parser.add_argument("--config", required=True, help="YAML file, see configs/")
     parser.add_argument("--run_dir", help="default: runs/NAME, NAME from the config")
     parser.add_argument("--resume", action="store_true", help="go on from the run's latest checkpoint, if it has one")
+    parser.add_argument("--preflight", action="store_true", help="say what the run will cost and what is wrong, and leave; "
+                        "exit code 1 where it should not be started")  # fmt: skip
+    parser.add_argument("--price_per_hour", type=float, default=0.0, help="of the machine, in any currency, for --preflight")
     parser.add_argument("--set", nargs="+", default=[], action="extend", metavar="KEY=VALUE", help="override a config value")
     args = parser.parse_args()
     try:
         device = distributed.setup()
         config = load_config(args.config, args.set)
+        if args.preflight:
+            return rehearse(config, device, args.price_per_hour)
         train(config, Path(args.run_dir or Path("runs") / config.name), args.resume, device)
     except (ValueError, OSError) as error:
         tell(f"train_codec_gan: {error}")

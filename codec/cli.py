@@ -1,4 +1,4 @@
-"""The `codec` command: encode, decode, reconstruct, info, convert, features, align, probe."""
+"""The `codec` command: encode, decode, reconstruct, info, convert, features, align, probe, doctor."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import sys
 from pathlib import Path
 
-from codec import align, probe, teachers
+from codec import align, doctor, probe, teachers
 from codec.audio import load_audio, save_audio
 from codec.bitstream import CodecFileHeader, is_codec_file, read_codes, write_codes
 from codec.card import n_weights
@@ -21,14 +21,13 @@ CODEC_HELP = "a run, checkpoint or pretrained folder, or a hub id"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; 0, or 2 after one line on stderr."""
+    """Run one command; its exit code, or 2 (doctor: 3) after one line on stderr."""
     options = _parser().parse_args(arguments)
     try:
-        options.run(options)
+        return options.run(options) or 0
     except (ValueError, OSError) as error:
         print(f"codec: {error}", file=sys.stderr)
-        return USER_ERROR
-    return 0
+        return getattr(options, "user_error", USER_ERROR)
 
 
 def encode(options: argparse.Namespace) -> None:
@@ -196,7 +195,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--to", choices=("codec", "transformers"), default="codec", help="who shall load it (default codec)")
     _add_which(command)
     command.set_defaults(run=convert)
-    for module in (teachers, align, probe):
+    for module in (teachers, align, probe, doctor):
         module.add_command(commands)
     return parser
 

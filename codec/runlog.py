@@ -81,6 +81,10 @@ class RunLog:
         image = spectrogram_image(wav, wav_hat, sample_rate)
         self.writer.add_image(tag, image, step, dataformats="HWC")
 
+    def text(self, step: int, tag: str, markdown: str) -> None:
+        """Log words."""
+        self.writer.add_text(tag, markdown, step)
+
     def close(self) -> None:
         """Flush and close both logs."""
         self.file.close()

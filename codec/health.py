@@ -1,0 +1,428 @@
+"""What a run's figures say: the sheet of single figures, and which known failure explains them.
+
+Works from the log alone. `History` holds it, `diagnose` reads it; RANGES is the sheet, the functions of FAILURES are
+the failures, each a few comparisons that one can read and argue with. Names of failures and their curves: docs/failures.md.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+TERMS = ("adv", "feat", "wave", "scale", "mel", "msspec", "commit", "codebook", "llm", "wavlm", "pitch")
+LEVELS = range(64)  # codebooks that have names here
+KNOWN = frozenset(
+    [f"train/{name}" for name in (
+        "loss_g", "loss_d", "adv_g", *TERMS, "vq", "recon", "snr_db", "amplitude_ratio", "acc_real", "acc_fake", "logit_real",
+        "logit_fake", "grad_norm_g", "grad_norm_d", "grad_norm_g_max", "grad_norm_d_max", "clipped_g", "clipped_d", "skipped_g",
+        "skipped_d", "skipped", "lr_g", "lr_d", "audio_s_per_s", "audio_hours", "input_rms", "input_peak", "input_dc",
+        "input_clipped", "input_silent", "output_rms", "output_dc", "output_peak", "grad_z_signal", "grad_z_commit", "ste_gain",
+        "commit_reach", "code_norm", "codebook_drift", "vq_error", "loss_d_neutral", "steps_per_epoch", "total_steps", "phase",
+        "phase_start", "codebook_size", "frames_per_step", "wavlm_llm_ratio", "grad_out_balanced",
+        *[f"{teacher}_{what}" for teacher in ("llm", "wavlm", "pitch") for what in ("frames", "similarity")],
+        *[f"{start}_{name}" for start in ("weight", "grad_out") for name in TERMS],
+        *[f"grad_{name}_to_{i}" for name in (*TERMS, "balanced") for i in range(8)],
+        *[f"pull_{a}_{b}" for a in TERMS for b in (*TERMS, "rest")],
+        *[f"{name}_{level}" for name in ("perplexity", "dead") for level in LEVELS])]
+    + [f"val/{name}" for name in (
+        "snr_db", "si_sdr_db", "amplitude_ratio", "dc_offset", "mel",
+        *[f"{teacher}{what}" for teacher in ("llm", "wavlm", "pitch") for what in ("", "_gain")],
+        *[f"{name}_{level}" for name in ("perplexity", "used") for level in LEVELS])]
+)  # fmt: skip
+
+
+class Range(NamedTuple):
+    """A line of the sheet; `good` and `warning` are intervals, what lies outside both is critical."""
+
+    name: str
+    good: tuple[float, float]
+    warning: tuple[tuple[float, float], ...]
+    meaning: str
+    own_scale: bool  # False: the figure's scale depends on the recipe, so that in a run only its trend tells
+
+
+INF = math.inf
+# Source: the figures that the authors of Amy judged their runs by, corrected: hinge `loss_d` is 2 for a discriminator that
+# says 0 everywhere and falls as it wins. They hold for that recipe late in training.
+RANGES = [
+    Range("train/llm", (0, 0.1), ((0.1, 0.3),), "1 - cosine of codebook 0 and the language model", True),
+    Range("train/wavlm", (0, 0.2), ((0.2, 0.5),), "1 - cosine of codebooks 0+1 and WavLM", True),
+    Range("train/msspec", (0, 0.1), ((0.1, 0.5),), "distance of spectra", False),
+    Range("train/feat", (0, 0.05), ((0.05, 0.2),), "distance of discriminator features", False),
+    Range("train/adv_g", (0.1, 0.5), ((0.5, 1.0), (-INF, 0.1)), "generator against discriminator", False),
+    Range("train/loss_d", (1.5, 2.0), ((0.5, 1.5), (2.0, 3.0)), "hinge: 2 knows nothing, 0 has won", True),
+    Range("train/loss_g", (0, 3), ((3, 5),), "weighted sum of all terms", False),
+    Range("train/acc_real", (0.5, 0.95), ((0.3, 0.5), (0.95, 0.99)), "real sound told as real", True),
+    Range("train/acc_fake", (0.5, 0.95), ((0.3, 0.5), (0.95, 0.99)), "fake sound told as fake", True),
+    Range("val/amplitude_ratio", (0.95, 1.05), ((0.5, 0.95), (1.05, 1.5)), "level of the output over the input's", True),
+]  # fmt: skip
+TOLD = {"train/mel": "distance of mel spectra, the loss", "val/mel": "distance of mel spectra, dB: the fixed measure",
+        "val/snr_db": "power over error; bounded by the bitrate", "train/recon": "reconstruction",
+        "train/vq": "quantizer: commitment and codebook",
+        "train/commit": "latent to code: the encoder's side",
+        "train/grad_norm_g": "generator's gradient", "train/grad_norm_d": "discriminator's gradient",
+        "val/perplexity_0": "entries of the first codebook in use", "val/wavlm_gain": "0 a constant answer, 1 perfect",
+        "val/llm_gain": "0 a constant answer, 1 perfect"}  # fmt: skip
+
+NOT_YET = 100  # updates below which nothing found means nothing
+SETTLED = 60  # updates that a phase or an adversary has to have run before its figures count
+
+
+class Reading(NamedTuple):
+    name: str
+    value: float
+    trend: str  # rising, falling, flat, or nothing where too few points tell
+    good: str  # the range as text
+    verdict: str  # good, warning, critical; of a run good or watch; nothing where only the trend tells
+    meaning: str
+
+
+class Finding(NamedTuple):
+    number: int  # of docs/failures.md; 0 for none of them
+    title: str
+    level: str  # warning or critical
+    confidence: float  # 0 to 1
+    evidence: str
+    mend: str
+
+
+class Diagnosis(NamedTuple):
+    step: int
+    verdict: str  # healthy, warning, critical, or not yet
+    readings: list[Reading]
+    findings: list[Finding]  # the likeliest cause first
+    unknown: list[str]  # names of the log that nobody here reads
+
+
+# -------------------------------------------------------------------------------- the log
+
+
+@dataclass(frozen=True)
+class History:
+    """Figures of a run by name, without `_step`; "epoch/..." for means over epochs.
+
+    Args:
+        figures: name -> (steps [n], values [n]), ordered by step; NaN where the log says null.
+    """
+
+    figures: dict[str, tuple[np.ndarray, np.ndarray]]
+
+    @classmethod
+    def from_rows(cls, rows: list[dict], until: int | None = None) -> History:
+        """Lines of metrics.jsonl, oldest first; of two lines of a step, as an old resume leaves them, the later counts.
+
+        Args:
+            until: leave out what came after this step.
+        """
+        columns: dict[str, dict[int, float]] = {}
+        for row in rows:
+            step = row["step"]
+            if until is not None and step > until:
+                continue
+            for key, value in row.items():
+                if key in ("step", "time", "nonfinite"):
+                    continue
+                is_mean = key.endswith("_epoch") or key == "epoch"
+                name = f"epoch/{key.removesuffix('_epoch')}" if is_mean else key.removesuffix("_step")
+                if value is None or isinstance(value, int | float):
+                    columns.setdefault(name, {})[step] = math.nan if value is None else float(value)
+        return cls({name: tuple(np.array(part) for part in zip(*sorted(column.items()))) for name, column in columns.items()})
+
+    @property
+    def step(self) -> int:
+        """The last one."""
+        return int(max((steps[-1] for steps, _ in self.figures.values()), default=0))
+
+    @property
+    def typed(self) -> bool:
+        """Whether these are values that a person typed in, not a run."""
+        return self.step < 50 and "train/lr_g" not in self.figures
+
+    @property
+    def phase_start(self) -> float:
+        """Updates before the present phase; in logs that do not tell, before an adversary came."""
+        steps, values = self.series("train/loss_d")
+        came = steps[np.isfinite(values)]
+        return self.last("train/phase_start", float(came[0]) - 1 if len(came) else -1.0)
+
+    def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Steps [n] and values [n]; empty for a name that is not there."""
+        return self.figures.get(name, (np.zeros(0, int), np.zeros(0)))
+
+    def values(self, name: str, since: int = -1) -> np.ndarray:
+        """Finite values after step `since`."""
+        steps, values = self.series(name)
+        return values[(steps > since) & np.isfinite(values)]
+
+    def last(self, name: str, default: float = math.nan) -> float:
+        """The latest finite value."""
+        values = self.values(name)
+        return float(values[-1]) if len(values) else default
+
+    def recent(self, name: str, n: int = 5, since: int = -1) -> float:
+        """Median of the last n finite values after `since`; NaN without any."""
+        values = self.values(name, since)[-n:]
+        return float(np.median(values)) if len(values) else math.nan
+
+
+def trend(values: np.ndarray) -> str:
+    """Whether a series rises or falls by more than its own noise: thirds compared by medians; "" below 6 values."""
+    if len(values) < 6:
+        return ""
+    third = len(values) // 3
+    change = np.median(values[-third:]) - np.median(values[:third])
+    noise = np.median(np.abs(np.diff(values)))
+    if abs(change) <= max(1.5 * noise, 0.01 * np.abs(np.median(values))):
+        return "flat"
+    return "rising" if change > 0 else "falling"
+
+
+# ---------------------------------------------------------------------------- the failures
+
+TITLES = {
+    0: ("discriminator is being fooled", "optim.lr_d higher, or loss_weights.adv lower"),  # not a failure yet
+    1: ("VQ loss outweighs reconstruction",
+        "loss_weights.commit to a tenth; wave 5, scale 20 and mel 1 as in configs/quickstart.yaml"),
+    2: ("output scale too large",
+        "start the decoder's output scale at 1, with tanh after the scale; loss_weights.scale holds the level"),
+    3: ("codebooks do not learn", "factorized: loss_weights.codebook: 1; EMA: call update_codebooks once an update"),
+    4: ("wrong straight-through gradient",
+        "one straight-through step an input; subtract codes without their gradient, see codec/rvq.py"),
+    5: ("discriminator learns nothing", "not msd alone: mpd and mrd; optim.lr_d 1e-4 to 3e-4; see that its optimizer steps"),
+    6: ("discriminator overpowers the generator", "optim.lr_d to a third; more reconstruction first; loss_weights.adv lower"),
+    7: ("discriminator gradients unclipped", "optim.max_grad_norm_d: 10; optim.lr_d lower"),
+    8: ("codebook collapse", "k-means start, revival (dead_threshold 0.1), commit 0.25; see that the encoder's output varies"),
+    9: ("distillation stuck",
+        "raise loss_weights.wavlm (2 to 5 and more), an MLP head (distill.wavlm.head: mlp), keep the reconstruction losses "
+        "(not adversarial only); best, a pathway of its own: docs/distillation.md"),
+    10: ("adversarial only, too early", "a phase of reconstruction before it; in TensorBoard, listen to reconstruction/*"),
+    11: ("an epoch of a few steps",
+         "data.segments_per_epoch in thousands; count a run in updates (phases.*.steps), not in epochs"),
+    12: ("NaN or Inf", "look at the audio by --preflight; train.precision: fp32; lower optim.lr_g"),
+    13: ("learning rate too high", "optim.lr_g to a tenth; warmup_steps 1000; max_grad_norm_g lower"),
+    14: ("broken training audio", "leave clipped recordings out; prepare_speaker_data.py drops silence and offsets"),
+    15: ("a mel loss that does not hear", "test its filterbank: triangles on the mel scale"),
+}  # fmt: skip
+# Of each a function of the log. In FAILURES, at their end, a cause stands before what it brings about: codebooks collapse where
+# the data are broken, but the data are what to mend.
+
+
+def found(number: int, evidence: str, confidence: float, level: str = "critical") -> Finding:
+    title, mend = TITLES[number]
+    return Finding(number, title, level, confidence, evidence, mend)
+
+
+def nonfinite(h: History) -> Finding | None:
+    shares = h.values("train/skipped") if len(h.values("train/skipped")) else h.values("train/skipped_g")
+    share = float(shares[-10:].mean()) if len(shares) else 0.0
+    gone = [name for name, (_, values) in h.figures.items() if name.startswith("train/loss") and np.isnan(values[-1])]
+    if share < 0.01 and not gone:
+        return None
+    evidence = f"{100 * share:.0f} % of the last updates left out as not finite" + "".join(f"; {name} is NaN" for name in gone)
+    return found(12, evidence, 0.99, "critical" if share >= 0.05 or gone else "warning")
+
+
+def tiny_epoch(h: History) -> Finding | None:
+    steps, total = h.last("train/steps_per_epoch"), h.last("train/total_steps")
+    if not steps < 100:
+        return None
+    whole = f", the whole run {total:.0f}; published codecs took 250,000 and more" if total > 0 else ""
+    return found(11, f"an epoch is {steps:.0f} updates{whole}", 0.95, "critical" if steps < 20 else "warning")
+
+
+def bad_audio(h: History) -> Finding | None:
+    clipped, silent = h.recent("train/input_clipped", 10), h.recent("train/input_silent", 10)
+    offset = h.recent("train/input_dc", 10) / h.recent("train/input_rms", 10)
+    seen = [f"{100 * clipped:.1f} % of the samples lie on flat tops: clipped"] if clipped > 0.01 else []
+    seen += [f"{100 * silent:.0f} % of the segments are silent"] if silent > 0.25 else []
+    seen += [f"a constant offset of {100 * offset:.0f} % of the RMS"] if offset > 0.1 else []
+    return found(14, "; ".join(seen), 0.95) if seen else None
+
+
+def wrong_gradient(h: History) -> Finding | None:
+    gain, reach = h.recent("train/ste_gain", 3), h.recent("train/commit_reach", 3)
+    if gain > 1.5 or gain < 0.67:
+        return found(4, f"the quantizer passes {gain:.2f} times the gradient it should", 0.97)
+    return found(4, "some codebooks' commitment sends no gradient to the encoder", 0.97) if reach < 1e-4 else None
+
+
+def frozen_codebooks(h: History) -> Finding | None:
+    drift = h.values("train/codebook_drift")[-3:]
+    if not len(drift) or drift.max() > 1e-6:
+        return None
+    return found(3, f"between two looks they moved by {drift.max():.1g} of their norm (right only if you froze them)", 0.97)
+
+
+def too_loud(h: History) -> Finding | None:
+    ratio, level = h.recent("val/amplitude_ratio", 1), h.recent("train/input_rms")
+    ratio = ratio if math.isfinite(ratio) else h.recent("train/amplitude_ratio")
+    peak, offset = h.recent("train/output_peak"), h.recent("train/output_dc")
+    beyond = peak > 1.5 or offset > 0.5 * level
+    if not (ratio > 2 or offset > 0.5 * level or (beyond and ratio > 1.5)):
+        return None
+    evidence = f"output {ratio:.1f} times as loud as the input, peak {peak:.2g}, offset {offset:.2g}"
+    return found(2, evidence, 0.9 if beyond else 0.6)
+
+
+def drowned_by_vq(h: History) -> Finding | None:
+    name = "val/amplitude_ratio" if len(h.values("val/amplitude_ratio")) else "train/amplitude_ratio"
+    amplitude = h.values(name)[-10:]
+    share, ratio = h.recent("train/grad_z_commit") / h.recent("train/grad_z_signal"), h.last("train/vq") / h.last("train/recon")
+    if not len(amplitude) or np.median(amplitude) > 0.6 or not (share > 3 or ratio > 5):
+        return None
+    seen = f"{share:.0f} times the gradient of the signal's" if share > 3 else f"{ratio:.0f} times the reconstruction loss"
+    return found(1, f"the quantizer's loss: {seen}; the output is at {100 * amplitude[-1]:.0f} % of the input's level", 0.95)
+
+
+def adversary(h: History) -> tuple[int, bool, float]:
+    """First logged step with a discriminator in this phase, -1 without; whether it ran long enough; its neutral loss."""
+    steps, values = h.series("train/loss_d")
+    steps = steps[(steps > h.phase_start) & np.isfinite(values)]
+    start = int(steps[0]) if len(steps) else -1
+    return start, start >= 0 and (h.typed or h.step - start >= SETTLED), h.last("train/loss_d_neutral", 2.0)
+
+
+def spikes(h: History) -> Finding | None:
+    start, settled, _ = adversary(h)
+    largest, typical = h.values("train/grad_norm_d_max", start)[-20:], h.values("train/grad_norm_d", start)[-40:]
+    if not settled or len(largest) < 3 or h.values("train/clipped_d", start)[-20:].any():
+        return None
+    ratio = largest.max() / max(np.median(typical), 1e-12)
+    evidence = f"the largest norm is {largest.max():.3g}, {ratio:.0f} times the usual one, and none was clipped"
+    return found(7, evidence, 0.85) if ratio > 10 and largest.max() > 20 else None
+
+
+def discriminator_wins(h: History) -> Finding | None:
+    start, settled, neutral = adversary(h)
+    loss, real, fake = (h.recent(f"train/{name}", 5, start - 1) for name in ("loss_d", "acc_real", "acc_fake"))
+    if not settled or not loss < 0.25 * neutral or min(real, fake) < 0.95:
+        return None
+    adv = trend(h.values("train/adv_g", start - 1)[-30:])
+    seen = f", accuracies {real:.2f} and {fake:.2f}" if real > 0 else ""
+    return found(6, f"loss_d {loss:.2g}, where {neutral:g} knows nothing and 0 has won{seen}{', adv_g ' * bool(adv)}{adv}", 0.9)
+
+
+def discriminator_learns_nothing(h: History) -> Finding | None:
+    start, settled, neutral = adversary(h)
+    loss, feat = h.values("train/loss_d", start - 1), h.recent("train/feat")
+    if not settled:
+        return None
+    apart = h.recent("train/logit_real", 10, start - 1) - h.recent("train/logit_fake", 10, start - 1)
+    known = apart if math.isfinite(apart) else (0 if feat < 0.02 else 1)
+    stuck = np.abs(loss[-10:] - neutral).max() <= 0.01 * neutral and known <= 0.1
+    told = np.concatenate([h.values(f"train/{name}", start - 1)[-30:] for name in ("acc_real", "acc_fake")])
+    guesses = len(told) >= 40 and told.mean() < 0.56 and abs(np.median(loss[-30:]) / neutral - 0.95) < 0.1
+    if not stuck and not (guesses and h.recent("val/snr_db", 3, start - 1) < 0):
+        return None
+    guessed = f"; it is right {100 * told.mean():.0f} % of the time, and the output gets no better" if guesses else ""
+    return found(5, f"loss_d stays at {np.median(loss):.3f}, where {neutral:g} knows nothing; feat {feat:.2g}{guessed}", 0.9)
+
+
+def discriminator_fooled(h: History) -> Finding | None:
+    start, settled, neutral = adversary(h)
+    loss = h.recent("train/loss_d", 10, start - 1)
+    return found(0, f"loss_d {loss:.2g}, above the {neutral:g} of one that knows nothing", 0.7, "warning") if (
+        settled and loss > 1.5 * neutral) else None  # fmt: skip
+
+
+def nothing_heard(h: History) -> Finding | None:
+    weights = {name: h.last(f"train/weight_{name}") for name in TERMS}
+    if not (weights["adv"] > 0 or weights["feat"] > 0) or any(weights[name] > 0 for name in ("wave", "mel", "msspec")):
+        return None
+    mel = h.values("val/mel", h.phase_start)
+    if len(mel) < 2 or not (mel[-1] > 1.05 * mel.min() or mel[-1] > 12):
+        return None
+    evidence = f"no reconstruction loss has a weight; mel distance {mel[-1]:.1f} dB, the best in this phase {mel.min():.1f}"
+    return found(10, evidence, 0.9)
+
+
+def stuck_teacher(h: History) -> Finding | None:
+    loss, gains = h.last("train/wavlm"), h.values("val/wavlm_gain")
+    if h.typed and loss > 0.5:
+        return found(9, f"wavlm {loss:.3g}: alignment of codebooks 0+1 fails, similarity {1 - loss:.2f}", 0.8)
+    share = h.recent("train/grad_msspec_to_1") / h.recent("train/grad_wavlm_to_1")
+    if len(gains) < 3 or gains[-1] > 0.2 or gains[-1] - gains[len(gains) // 2] > 0.02 or not share > 10:
+        return None
+    return found(9, f"wavlm is {100 * gains[-1]:.0f} % of the way from a constant answer to perfect and no longer moves; "
+                 f"reconstruction sends {share:.0f} times its gradient into the codebooks", 0.85)  # fmt: skip
+
+
+def false_mel(h: History) -> Finding | None:
+    since = h.phase_start
+    loss, heard = h.values("train/mel", since), h.values("val/mel", since)
+    if len(loss) < 12 or len(heard) < 3:
+        return None
+    third = len(loss) // 3
+    falls, better = 1 - np.median(loss[-third:]) / np.median(loss[:third]), 1 - heard[-1] / heard[0]
+    evidence = f"the mel loss fell by {100 * falls:.0f} %, the fixed mel distance from {heard[0]:.1f} to {heard[-1]:.1f} dB"
+    return found(15, evidence, 0.8) if falls > 0.15 and better < 0.02 else None
+
+
+def diverges(h: History) -> Finding | None:
+    """By what compares signals: loss_g itself moves with the adversary."""
+    name = next((name for name in ("train/mel", "train/msspec", "train/wave") if len(h.values(name))), "train/wave")
+    loss, heard = h.values(name, h.phase_start), h.values("val/mel", h.phase_start)
+    if len(loss) < 9:
+        return None
+    late, best = np.median(loss[-3:]), min(np.median(loss[i : i + 3]) for i in range(len(loss) - 2))
+    worse = heard[-1] / heard.min() if len(heard) else math.inf
+    norm = h.values("train/grad_norm_g_max", h.phase_start)
+    norms = f"; gradient norms from {np.median(norm[:3]):.3g} to {np.median(norm[-3:]):.3g}" if len(norm) >= 6 else ""
+    evidence = f"{name.removeprefix('train/')} is {late:.3g}, its best was {best:.3g}{norms}"
+    return found(13, evidence, 0.8) if late > 1.3 * best and worse > 1.1 else None
+
+
+def collapse(h: History) -> Finding | None:
+    size = min(h.last("train/codebook_size", 1024), h.last("train/frames_per_step", 1024))
+    low = [level for level in LEVELS if len(h.values(f"val/perplexity_{level}")) >= 2
+           and h.values(f"val/perplexity_{level}")[-2:].max() < max(2.5, 0.02 * size)]  # fmt: skip
+    figures = ", ".join(f"{h.last(f'val/perplexity_{level}'):.1f} in codebook {level}" for level in low[:4])
+    return found(8, f"perplexity {figures}, of {h.last('train/codebook_size', 1024):.0f} entries", 0.85) if low else None
+
+
+FAILURES = (
+    nonfinite, tiny_epoch, bad_audio, wrong_gradient, frozen_codebooks, too_loud, drowned_by_vq, spikes, discriminator_wins,
+    discriminator_learns_nothing, nothing_heard, stuck_teacher, false_mel, diverges, collapse, discriminator_fooled,
+)  # fmt: skip
+
+
+# ------------------------------------------------------------------------------ the verdict
+
+
+def diagnose(h: History) -> Diagnosis:
+    """Read the sheet and look for every failure."""
+    findings = [finding for failure in FAILURES if (finding := failure(h))]
+    findings.sort(key=lambda finding: finding.level != "critical")  # else the order of FAILURES: causes first
+    verdict = findings[0].level if findings else "healthy" if h.typed or h.step >= NOT_YET else "not yet"
+    unknown = sorted(name for name in h.figures if not name.startswith("epoch/") and name not in KNOWN)
+    return Diagnosis(h.step, verdict, read_sheet(h), findings, unknown)
+
+
+def read_sheet(h: History) -> list[Reading]:
+    """The lines of the sheet that the log has figures for."""
+    lines = []
+    for line in RANGES:
+        if len(h.values(line.name)):
+            value = h.last(line.name) if h.typed else h.recent(line.name)
+            verdict = judge(value, line) if line.own_scale or h.typed else ""
+            if not h.typed and verdict in ("warning", "critical"):
+                verdict = "watch"  # a young run is off most ranges
+            lines.append(Reading(line.name, value, trend(h.values(line.name)[-60:]), text_of(line.good), verdict, line.meaning))
+    return lines + [Reading(name, h.last(name) if h.typed else h.recent(name), trend(h.values(name)[-60:]), "", "", meaning)
+                    for name, meaning in TOLD.items() if len(h.values(name))]  # fmt: skip
+
+
+def judge(value: float, line: Range) -> str:
+    """good, warning or critical."""
+    if line.good[0] <= value <= line.good[1]:
+        return "good"
+    return "warning" if any(low <= value <= high for low, high in line.warning) else "critical"
+
+
+def text_of(interval: tuple[float, float]) -> str:
+    """As a person writes it."""
+    low, high = interval
+    return f"< {high:g}" if low <= 0 else f"{low:g} to {high:g}"

@@ -1,0 +1,122 @@
+"""What the doctor needs to see of an update: sound in and out, where gradients go, and how the codebooks do."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from codec import metrics
+from codec.config import LossWeights, OptimConfig
+from codec.model import CodecOutput
+from codec.rvq import FactorizedResidualVQ
+
+SILENT_RMS = 1e-3  # of full scale, -60 dB
+FLAT_TOP = 0.001  # of an item's range: samples so close to its extremes lie on a flat top, or are the few of a true peak
+NEUTRAL = {"hinge": 2.0, "least_squares": 0.5, "bce": 1.3863}  # loss_d of a discriminator that always says the border
+
+
+@torch.no_grad()
+def sound_figures(wav: Tensor, wav_hat: Tensor) -> dict[str, Tensor]:
+    """Level, offset and peaks of a batch [B, 1, T] and its reconstruction; means over items, peaks over the batch.
+
+    Returns:
+        SNR and amplitude ratio; `input_clipped`, the share of samples within a thousandth of an item's extremes: below 0.001
+        for speech, more where flat tops were cut, at whatever level; `input_silent`, the share of items below -60 dB; and RMS,
+        mean and peak of both sides.
+    """
+    x, y = wav.float().flatten(1), wav_hat.float().flatten(1)
+    low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
+    margin = FLAT_TOP * (high - low)
+    at_top = ((x >= high - margin) | (x <= low + margin)) & (high > low)
+    rms_in = x.square().mean(1).sqrt()
+    return {
+        "snr_db": metrics.snr_db(wav, wav_hat).nanmean(), "amplitude_ratio": metrics.amplitude_ratio(wav, wav_hat).nanmean(),
+        "input_rms": rms_in.mean(), "input_dc": x.mean(1).abs().mean(), "input_peak": x.abs().amax(),
+        "input_clipped": at_top.float().mean(), "input_silent": (rms_in < SILENT_RMS).float().mean(),
+        "output_rms": y.square().mean(1).sqrt().mean(), "output_dc": y.mean(1).abs().mean(), "output_peak": y.abs().amax(),
+    }  # fmt: skip
+
+
+def gradient_figures(terms: dict[str, Tensor], commit: Tensor, out: CodecOutput, quantizer: nn.Module) -> dict[str, Tensor]:
+    """Where gradients go in one update, before any optimizer scales them.
+
+    Args:
+        terms: weighted losses of the signal by name; their graphs are kept.
+        commit: the weighted loss of the quantizer.
+        out: of the forward in training.
+    Returns:
+        `grad_out_NAME`: norm of d term / d wav_hat. `grad_z_signal`, `grad_z_commit`: norms at the latent. `ste_gain`: what the
+        quantizer passes of the signal's gradient over what it should, 1 when right. `commit_reach`: the weakest codebook's
+        commitment gradient over the strongest's, 0 where one has none (EMA).
+    """
+    outputs = {name: torch.autograd.grad(term, out.wav_hat, retain_graph=True)[0] for name, term in terms.items()}
+    log = {f"grad_out_{name}": grad.float().norm() for name, grad in outputs.items()}
+    if not out.z.requires_grad:  # a frozen encoder
+        return log
+    total = sum(outputs.values())
+    at_z_q, at_z = torch.autograd.grad(out.wav_hat, (out.quantized.z_q, out.z), total, retain_graph=True)
+    log["grad_z_signal"] = at_z.float().norm()
+    if commit.requires_grad:
+        log["grad_z_commit"] = torch.autograd.grad(commit, out.z, retain_graph=True)[0].float().norm()
+    z = out.z.detach().float().requires_grad_(True)
+    expected = torch.autograd.grad(quantizer.unrounded(z), z, at_z_q.float())[0]
+    log["ste_gain"] = (at_z * expected).sum() / expected.square().sum()
+    if out.quantized.distances is not None:
+        norms = torch.stack([torch.autograd.grad(level.sum(), out.z, retain_graph=True)[0].float().norm()
+                             for level in out.quantized.distances.unbind(1)])  # fmt: skip
+        log["commit_reach"] = norms.min() / norms.max()
+    return log
+
+
+class CodebookWatch:
+    """How the codebooks do, from one watched update to the next."""
+
+    def __init__(self) -> None:
+        self.before: Tensor | None = None
+
+    @torch.no_grad()
+    def figures(self, out: CodecOutput, quantizer: nn.Module) -> dict[str, Tensor]:
+        """Figures of one update.
+
+        Returns:
+            `perplexity_L` of the batch; `codebook_drift`, how far the entries went since the last watched update, relative to
+            their norm (factorised ones: their direction, as weight decay shrinks them all the same); for EMA codebooks
+            `code_norm`, RMS of the first codebook's entries in use over that of what they code, `vq_error`, the share of
+            energy that all codebooks of a group leave over, and `dead_L`, the share of dead codes.
+        """
+        codes = out.quantized.codes
+        _, perplexity = metrics.codebook_usage(codes, quantizer.config.codebook_size)
+        log = {f"perplexity_{level}": value for level, value in enumerate(perplexity)}
+        books = quantizer.codebooks.detach().float()
+        if isinstance(quantizer, FactorizedResidualVQ):
+            books = F.normalize(books, dim=-1)
+        if self.before is not None:
+            log["codebook_drift"] = (books - self.before).norm() / self.before.norm()
+        self.before = books.clone()
+        if out.quantized.residuals is None:
+            return log
+        energy = out.quantized.residuals.float().square().mean((1, 2, 3))  # [N] of what each codebook was asked to code
+        left = out.quantized.distances.detach().float().mean(0)
+        log["code_norm"] = books[0][codes[:, 0]].square().mean().sqrt() / energy[0].sqrt()
+        log["vq_error"] = left[-1] / energy[getattr(quantizer.config, "n_first", 0) % len(left)]
+        threshold = quantizer.config.dead_threshold
+        for level, counts in enumerate(quantizer.ema_counts):
+            log[f"dead_{level}"] = (counts < threshold * counts.mean()).float().mean()
+        return log
+
+
+def over_interval(updates: list[dict[str, float]], optim: OptimConfig) -> dict[str, float]:
+    """Largest gradient norms and shares of clipped and of skipped updates among some updates."""
+    log = {}
+    for side, limit in (("g", optim.max_grad_norm_g), ("d", optim.max_grad_norm_d)):
+        norms = [values[f"grad_norm_{side}"] for values in updates if f"grad_norm_{side}" in values]
+        if norms:
+            log |= {f"grad_norm_{side}_max": max(norms), f"clipped_{side}": sum(norm > limit for norm in norms) / len(norms)}
+    skipped = [max(values.get("skipped_g", 0), values.get("skipped_d", 0)) > 0 for values in updates]
+    return log | {"skipped": sum(skipped) / len(skipped)}
+
+
+def constants(weights: LossWeights, others: dict[str, float]) -> dict[str, float]:
+    """What does not change within a phase, so that a log explains itself without its config."""
+    return {f"weight_{name}": float(value) for name, value in vars(weights).items()} | others
