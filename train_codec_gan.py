@@ -658,6 +658,7 @@ def train(config: Config, run_dir: Path, resume: bool, device: torch.device) -> 
                     "phase": phase, "phase_start": sum(p.steps for p in config.phases[:phase]),
                     "total_steps": config.total_steps, "steps_per_epoch": steps_per_epoch, "loss_d_neutral": NEUTRAL[kind],
                     "codebook_size": config.model.quantizer.codebook_size,
+                    "data_copies": preflight.copied_share(segments.segments.utterances, config.model.sample_rate, BRIEF_S),
                     "frames_per_step": data.batch_size * data.segment_samples // hop_length,
                 })  # fmt: skip
             log.scalars(step, {f"train/{name}_step": value for name, value in (values | rates).items()})

@@ -21,7 +21,7 @@ KNOWN = frozenset(
         "skipped_d", "skipped", "lr_g", "lr_d", "audio_s_per_s", "audio_hours", "input_rms", "input_peak", "input_dc",
         "input_clipped", "input_silent", "output_rms", "output_dc", "output_peak", "grad_z_signal", "grad_z_commit", "ste_gain",
         "commit_reach", "code_norm", "codebook_drift", "vq_error", "loss_d_neutral", "steps_per_epoch", "total_steps", "phase",
-        "phase_start", "codebook_size", "frames_per_step", "wavlm_llm_ratio", "grad_out_balanced",
+        "phase_start", "codebook_size", "frames_per_step", "data_copies", "wavlm_llm_ratio", "grad_out_balanced",
         *[f"{teacher}_{what}" for teacher in ("llm", "wavlm", "pitch") for what in ("frames", "similarity")],
         *[f"{start}_{name}" for start in ("weight", "grad_out") for name in TERMS],
         *[f"grad_{name}_to_{i}" for name in (*TERMS, "balanced") for i in range(8)],
@@ -203,7 +203,7 @@ TITLES = {
          "data.segments_per_epoch in thousands; count a run in updates (phases.*.steps), not in epochs"),
     12: ("NaN or Inf", "look at the audio by --preflight; train.precision: fp32; lower optim.lr_g"),
     13: ("learning rate too high", "optim.lr_g to a tenth; warmup_steps 1000; max_grad_norm_g lower"),
-    14: ("broken training audio", "leave clipped recordings out; prepare_speaker_data.py drops silence and offsets"),
+    14: ("broken training audio", "leave clipped recordings and copies out; prepare_speaker_data.py drops silence and offsets"),
     15: ("a mel loss that does not hear", "test its filterbank: triangles on the mel scale"),
 }  # fmt: skip
 # Of each a function of the log. In FAILURES, at their end, a cause stands before what it brings about: codebooks collapse where
@@ -238,6 +238,8 @@ def bad_audio(h: History) -> Finding | None:
     offset = h.recent("train/input_dc", 10) / h.recent("train/input_rms", 10)
     seen = [f"{100 * clipped:.1f} % of the samples lie on flat tops: clipped"] if clipped > 0.01 else []
     seen += [f"{100 * silent:.0f} % of the segments are silent"] if silent > 0.25 else []
+    copied = h.last("train/data_copies")
+    seen += [f"{100 * copied:.0f} % of the training utterances are copies of others"] if copied > 0.1 else []
     seen += [f"a constant offset of {100 * offset:.0f} % of the RMS"] if offset > 0.1 else []
     return found(14, "; ".join(seen), 0.95) if seen else None
 

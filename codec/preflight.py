@@ -240,6 +240,12 @@ def check_copies(
     ]  # fmt: skip
 
 
+def copied_share(utterances: list[Utterance], sample_rate: int, max_seconds: float) -> float:
+    """Share of utterances that are copies of others, as far as so many seconds of audio tell; 0 without any."""
+    copies, _ = find_copies({"train": utterances}, sample_rate, max_seconds)
+    return sum(len(group) - 1 for group in copies) / max(len(utterances), 1)
+
+
 def pair(groups: list[list[tuple[str, Utterance]]]) -> str:
     """', such as A and B' of the first group, from two splits where it has them."""
     if not groups:

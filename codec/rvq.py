@@ -161,11 +161,12 @@ class EMAResidualVQ(nn.Module):
             residual, z_q = residual - q, z_q + q
         return torch.stack(codes, 1)
 
-    def unrounded(self, z: Tensor) -> Tensor:
-        """z [B, D, T'] through the projections alone: the straight-through gradient is the gradient of this."""
+    def unrounded(self, z: Tensor, active: Tensor) -> Tensor:
+        """z [B, D, T'] through the projections alone, where `active` [B, N]: the straight-through gradient is this one's."""
         z = z.transpose(1, 2)
         x = self.project_in(z)
-        x = x.detach().lerp(x, self.first_gradient) + sum(own(z) for own in self.own_inputs)
+        x = x.detach().lerp(x, self.first_gradient)
+        x = x + sum(active[:, i, None, None] * own(z) for i, own in enumerate(self.own_inputs, 1))
         return self.project_out(x).transpose(1, 2)
 
     @property
@@ -314,9 +315,10 @@ class SplitResidualVQ(nn.Module):
             z = z.detach().lerp(z, self.config.semantic_to_encoder)
         return self.path(z.transpose(1, 2)).transpose(1, 2) if len(self.path) else z
 
-    def unrounded(self, z: Tensor) -> Tensor:
+    def unrounded(self, z: Tensor, active: Tensor) -> Tensor:
         """As `EMAResidualVQ.unrounded`."""
-        return self.semantic.unrounded(self.toward_meaning(z)) + self.acoustic.unrounded(z)
+        n = self.config.n_first
+        return self.semantic.unrounded(self.toward_meaning(z), active[:, :n]) + self.acoustic.unrounded(z, active[:, n:])
 
     @property
     def ema_counts(self) -> Tensor:
@@ -414,12 +416,12 @@ class FactorizedResidualVQ(nn.Module):
             residual = residual - z_q_i
         return QuantizerOutput(z_q, torch.stack(codes, 1), commit, codebook, None, active, None)
 
-    def unrounded(self, z: Tensor) -> Tensor:
+    def unrounded(self, z: Tensor, active: Tensor) -> Tensor:
         """As `EMAResidualVQ.unrounded`."""
         residual, output = z, 0
-        for level in self.levels:
+        for i, level in enumerate(self.levels):
             part = level.out_proj(level.in_proj(residual))
-            residual, output = residual - part, output + part
+            residual, output = residual - part, output + active[:, i, None, None] * part
         return output
 
     def encode(self, z: Tensor, n_codebooks: int | None = None) -> Tensor:

@@ -60,7 +60,7 @@ def gradient_figures(terms: dict[str, Tensor], commit: Tensor, out: CodecOutput,
     if commit.requires_grad:
         log["grad_z_commit"] = torch.autograd.grad(commit, out.z, retain_graph=True)[0].float().norm()
     z = out.z.detach().float().requires_grad_(True)
-    expected = torch.autograd.grad(quantizer.unrounded(z), z, at_z_q.float())[0]
+    expected = torch.autograd.grad(quantizer.unrounded(z, out.quantized.active), z, at_z_q.float())[0]
     log["ste_gain"] = (at_z * expected).sum() / expected.square().sum()
     if out.quantized.distances is not None:
         norms = torch.stack([torch.autograd.grad(level.sum(), out.z, retain_graph=True)[0].float().norm()

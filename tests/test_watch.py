@@ -21,6 +21,8 @@ QUANTIZERS = [
                 "model.quantizer.semantic_layer_scale=0.5"],
     [*SPLIT, "model.quantizer.semantic_gradient=0", "model.quantizer.semantic_to_encoder=0.2"],
     ["model.quantizer={type: factorized, n_codebooks: 3, codebook_size: 16, codebook_dim: 4}"],
+    ["model.quantizer={type: factorized, n_codebooks: 3, codebook_size: 16, codebook_dim: 4, dropout: 1.0}"],
+    [*SPLIT, "model.quantizer.n_codebooks=5", "model.quantizer.dropout=1", "model.quantizer.bypass=0.5"],
 ]  # fmt: skip
 
 
@@ -41,7 +43,7 @@ def test_every_quantizer_passes_the_gradient_it_should(overrides):
     assert log["grad_out_wave"].item() == pytest.approx(3 / np.sqrt(wav.numel()), rel=1e-4)  # of a mean of absolute values
     assert log["grad_out_power"].item() == pytest.approx(2 * out.wav_hat.norm().item() / wav.numel(), rel=1e-4)
     assert log["grad_z_signal"] > 0 and log["grad_z_commit"] > 0
-    assert log.get("commit_reach", 1) > 0.01
+    assert log.get("commit_reach", 1) > 0.01 or "dropout" in str(overrides)
 
 
 def summed(live: bool):
