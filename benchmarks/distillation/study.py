@@ -62,6 +62,9 @@ STOP = [f"{Q}.semantic_gradient=0"]
 BLOCKS, INPUTS = [f"{Q}.semantic_blocks=2"], [f"{Q}.semantic_inputs=own"]
 OWN, DEEP = [*BLOCKS, *INPUTS, *STOP], [f"{Q}.semantic_blocks=6"]
 FIFTH = [f"{Q}.semantic_to_encoder=0.2"]
+FROM_02 = [*OWN, *DEEP, *FIFTH, f"{Q}.semantic_layer_scale=0.2"]
+FAST = ["optim.lr_scale_projections=3", "optim.lr_scale_heads=3"]
+PITCH = teacher("pitch", 39, 2, detach_first=1)
 SCHEDULE = "phases=" + json.dumps([
     {"name": name, "steps": STEPS // 2, "set": {"loss_weights.llm": llm, "loss_weights.wavlm": wavlm}}
     for name, llm, wavlm in (("teachers", 15, 60), ("both", 2.5, 10))
@@ -98,6 +101,14 @@ EXPERIMENTS: dict[str, tuple[list[str], str, str]] = {
     "ceiling: own, 6 blocks, codes, distillation alone": (
         [*heads(), *weights(15, 60, **ALONE), *OWN, *DEEP], "codes", "all"),
     "own, 6 blocks, x60 then x10": ([*heads(), *OWN, *DEEP, SCHEDULE], "codes", "all"),
+    "own, 6 blocks, reconstruction only": ([*heads(), *weights(1, 1), *OWN, *DEEP, *FIFTH], "codes", "none"),
+    "6 blocks from 0.2, x40": ([*heads(), *weights(10, 40), *FROM_02], "codes", "all"),
+    "6 blocks from 0.2, fast, x40": ([*heads(), *weights(10, 40), *FROM_02, *FAST], "codes", "all"),
+    "6 blocks from 0.2, fast, x20": ([*heads(), *weights(5, 20), *FROM_02, *FAST], "codes", "all"),
+    "ceiling: 6 blocks from 0.2, fast, distillation alone": ([*heads(), *weights(15, 60, **ALONE), *FROM_02, *FAST, f"{Q}.semantic_to_encoder=1"], "codes", "all"),
+    **{f"6 blocks from 0.2, fast, x{wavlm}, pitch x{pitch}": (
+        [*heads(), PITCH, *weights(llm, wavlm, pitch=pitch), *FROM_02, *FAST], "codes", "all")
+       for llm, wavlm, pitch in ((4, 15, 3), (4, 15, 5), (5, 20, 3), (5, 20, 5), (5, 20, 60))},
     "own, x60, two prosodic codebooks": (
         [teacher("llm", 384, 1), teacher("wavlm", 512, 3), *weights(15, 60), *OWN, f"{Q}.n_prosodic=2"], "codes", "all"),
 }

@@ -126,7 +126,7 @@ FAILURES = [
 
 # ------------------------------------------------------------------ the recipes, scaled down
 
-HALVES = phases((150, NO_ADVERSARY), (150, {}))
+HALVES = phases((100, NO_ADVERSARY), (150, {}))
 DAC = [*CONV, *DAC_BODY, *MPD_MRD, HALVES, "model.quantizer.n_codebooks=4", *weights(commit=1, codebook=4)]
 MIMI_BODY = [
     "model.sample_rate=16000", "model.latent_dim=64", "model.encoder.encoder_dim=8", "model.decoder.decoder_dim=128",
@@ -140,20 +140,20 @@ SECONDS = ["data.manifest=DATA/speech/manifest.jsonl", "data.segment_samples=102
            "data.segments_per_epoch=800", "optim.warmup_steps=30"]  # fmt: skip
 AMY = stand_ins("llm", "wavlm", "pitch", hidden_dim=512)
 HEALTHY = {  # config: what scales it to a core and 16 kHz; rates, losses and weights stay the recipe's
-    "quickstart": [phases((150, NO_ADVERSARY), (150, {"optim.lr_d": 1e-3}))],
+    "quickstart": [phases((100, NO_ADVERSARY), (150, {"optim.lr_d": 1e-3}))],
     "mimi": [*SECONDS, *MIMI_BODY, *MSSTFT, "model.quantizer.n_codebooks=8",
-             phases((150, NO_ADVERSARY | {"loss_weights.msspec": 2.0, "loss_weights.wave": 0.1}), (150, {}))],
+             phases((100, NO_ADVERSARY | {"loss_weights.msspec": 2.0, "loss_weights.wave": 0.1}), (150, {}))],
     "telugu": [*CONV, *DAC_BODY, *EMA, *MPD_MRD, HALVES],
-    "telugu_stable": [*CONV, *DAC_BODY, *EMA, phases((300, {}))],
+    "telugu_stable": [*CONV, *DAC_BODY, *EMA, phases((250, {}))],
     "dac_16khz": DAC, "dac_24khz": DAC, "dac_44khz": [*DAC, "data.segment_samples=4608", "data.val_segment_samples=15872"],
     "encodec_24khz": [*SECONDS, "model.sample_rate=16000", "model.latent_dim=64", "model.encoder.encoder_dim=8",
                       "model.decoder.decoder_dim=128", *EMA, "model.quantizer.codebook_dim=64", "model.quantizer.n_codebooks=8",
                       "model.quantizer.dropout_counts=[2, 4, 8]", *MSSTFT, HALVES],
     "amy": [*SECONDS, "model.sample_rate=16000", "model.latent_dim=256", "model.pad_input=true", *SPECTRAL, *SPLIT,
             "model.quantizer.codebook_size=1024", "model.quantizer.codebook_dim=64", "model.quantizer.kmeans_frames=4096",
-            *MSSTFT, *AMY, phases((150, {}), (150, {"loss_weights.msspec": 2.0}))],
+            *MSSTFT, *AMY, phases((150, {}), (100, {"loss_weights.msspec": 2.0}))],
     "amy_from_mimi": [*SECONDS, *MIMI_BODY, *MSSTFT, *SPLIT, *AMY, "train.init_from=OUT/mimi_SEED",
-                      "train.disc_warmup_steps=20", phases((150, {}), (150, {"loss_weights.msspec": 2.0}))],
+                      "train.disc_warmup_steps=20", phases((150, {}), (100, {"loss_weights.msspec": 2.0}))],
 }  # fmt: skip
 RUNS = {failure.name: failure for failure in FAILURES} | {
     name: Failure(0, name, overrides, "", name) for name, overrides in HEALTHY.items()
