@@ -105,7 +105,8 @@ EXPERIMENTS: dict[str, tuple[list[str], str, str]] = {
     "6 blocks from 0.2, x40": ([*heads(), *weights(10, 40), *FROM_02], "codes", "all"),
     "6 blocks from 0.2, fast, x40": ([*heads(), *weights(10, 40), *FROM_02, *FAST], "codes", "all"),
     "6 blocks from 0.2, fast, x20": ([*heads(), *weights(5, 20), *FROM_02, *FAST], "codes", "all"),
-    "ceiling: 6 blocks from 0.2, fast, distillation alone": ([*heads(), *weights(15, 60, **ALONE), *FROM_02, *FAST, f"{Q}.semantic_to_encoder=1"], "codes", "all"),
+    "ceiling: 6 blocks from 0.2, fast, distillation alone": (
+        [*heads(), *weights(15, 60, **ALONE), *FROM_02, *FAST, f"{Q}.semantic_to_encoder=1"], "codes", "all"),
     **{f"6 blocks from 0.2, fast, x{wavlm}, pitch x{pitch}": (
         [*heads(), PITCH, *weights(llm, wavlm, pitch=pitch), *FROM_02, *FAST], "codes", "all")
        for llm, wavlm, pitch in ((4, 15, 3), (4, 15, 5), (5, 20, 3), (5, 20, 5), (5, 20, 60))},
