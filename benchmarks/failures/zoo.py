@@ -189,19 +189,16 @@ def tiny_codebooks() -> AbstractContextManager:
 
 
 def gradient_n_times() -> AbstractContextManager:
-    """What summing N straight-through steps does: the encoder gets N times the gradient that reached the quantizer."""
-    start = rvq.EMAResidualVQ.__init__
+    """Straight-through steps of N codebooks summed over a detached residual: the encoder gets N times the gradient."""
+    forward = rvq.EMAResidualVQ.forward
 
-    def started(self: rvq.EMAResidualVQ, config: rvq.EMAQuantizerConfig, *others: object) -> None:
-        start(self, config, *others)
+    def forwarded(self: rvq.EMAResidualVQ, z: Tensor, n_codebooks: int | None = None) -> rvq.QuantizerOutput:
+        out = forward(self, z, n_codebooks)
+        x = len(self.codebooks) * self.project_in(z.transpose(1, 2))
+        q = sum(book[out.codes[:, i]] for i, book in enumerate(self.codebooks))
+        return out._replace(z_q=self.project_out(x + (q - x).detach()).transpose(1, 2))
 
-        def hook(module: nn.Module, inputs: tuple[Tensor]) -> None:
-            if inputs[0].requires_grad:
-                inputs[0].register_hook(lambda grad: config.n_codebooks * grad)
-
-        self.project_out.register_forward_pre_hook(hook)
-
-    return patch.object(rvq.EMAResidualVQ, "__init__", started)
+    return patch.object(rvq.EMAResidualVQ, "forward", forwarded)
 
 
 def commitment_of_the_first() -> AbstractContextManager:
