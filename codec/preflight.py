@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from codec import distributed
 from codec.audio import read_segment, rms, rms_db
 from codec.config import Config, phase_config
 from codec.data import Utterance
@@ -484,12 +485,13 @@ def measure(
 
 
 def seconds(action: Callable[[], object]) -> float:
-    """Wall time of an action, with what it left running on the card."""
+    """Wall time of an action, with what it left running on the card; the slowest process's, so that all count alike."""
     started = time.perf_counter()
     action()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - started
+    taken = torch.tensor(time.perf_counter() - started, device="cuda" if torch.cuda.is_available() else "cpu")
+    return distributed.all_reduce_max(taken).item()
 
 
 def check_resources(config: Config, cost: Cost, n_parameters: int, price_per_hour: float = 0.0) -> list[Check]:

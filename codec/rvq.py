@@ -174,6 +174,11 @@ class EMAResidualVQ(nn.Module):
         """[N, K], how often each entry is in use."""
         return self.ema_count
 
+    @property
+    def learning(self) -> list[bool]:
+        """Whether each codebook is to learn, or is frozen."""
+        return [level not in self.frozen for level in range(self.config.n_codebooks)]
+
     def decode(self, codes: Tensor) -> Tensor:
         """Codes [B, n, T'] of the first n codebooks to z_q [B, D, T']."""
         x = sum(F.embedding(codes[:, i], self.codebooks[i]) for i in range(codes.shape[1]))
@@ -325,6 +330,11 @@ class SplitResidualVQ(nn.Module):
         """[N, K]."""
         return torch.cat([self.semantic.ema_count, self.acoustic.ema_count])
 
+    @property
+    def learning(self) -> list[bool]:
+        """As `EMAResidualVQ.learning`."""
+        return self.semantic.learning + self.acoustic.learning
+
     def encode(self, z: Tensor, n_codebooks: int | None = None) -> Tensor:
         """As `EMAResidualVQ.encode`."""
         n, n_first = n_codebooks or self.config.n_codebooks, self.config.n_first
@@ -397,6 +407,11 @@ class FactorizedResidualVQ(nn.Module):
     def codebooks(self) -> Tensor:
         """[N, K, codebook_dim]."""
         return torch.stack([level.codebook.weight for level in self.levels])
+
+    @property
+    def learning(self) -> list[bool]:
+        """As `EMAResidualVQ.learning`."""
+        return [level.codebook.weight.requires_grad for level in self.levels]
 
     def forward(self, z: Tensor, n_codebooks: int | None = None) -> QuantizerOutput:
         """Quantize z [B, D, T'] with the first `n_codebooks` (default: all, or as dropout draws in training)."""

@@ -80,25 +80,25 @@ class CodebookWatch:
         """Figures of one update.
 
         Returns:
-            `perplexity_L` of the batch; `codebook_drift`, how far the entries went since the last watched update, relative to
-            their norm (factorised ones: their direction, as weight decay shrinks them all the same); for EMA codebooks
-            `code_norm`, RMS of the first codebook's entries in use over that of what they code, `vq_error`, the share of
-            energy that all codebooks of a group leave over, and `dead_L`, the share of dead codes.
+            `perplexity_L` of the batch; `codebook_drift`, how far the entries that are not frozen went since the last watched
+            update, relative to their norm (factorised ones: their direction, as weight decay shrinks them all the same); for
+            EMA codebooks `code_norm`, RMS of the first codebook's entries in use over that of what they code, `vq_error`, the
+            share of energy that all codebooks of a group leave over, and `dead_L`, the share of dead codes.
         """
         codes = out.quantized.codes
         _, perplexity = metrics.codebook_usage(codes, quantizer.config.codebook_size)
         log = {f"perplexity_{level}": value for level, value in enumerate(perplexity)}
-        books = quantizer.codebooks.detach().float()
+        books = quantizer.codebooks.detach().float()[quantizer.learning]
         if isinstance(quantizer, FactorizedResidualVQ):
             books = F.normalize(books, dim=-1)
-        if self.before is not None:
+        if self.before is not None and any(quantizer.learning):
             log["codebook_drift"] = (books - self.before).norm() / self.before.norm()
         self.before = books.clone()
         if out.quantized.residuals is None:
             return log
         energy = out.quantized.residuals.float().square().mean((1, 2, 3))  # [N] of what each codebook was asked to code
         left = out.quantized.distances.detach().float().mean(0)
-        log["code_norm"] = books[0][codes[:, 0]].square().mean().sqrt() / energy[0].sqrt()
+        log["code_norm"] = quantizer.codebooks[0][codes[:, 0]].float().square().mean().sqrt() / energy[0].sqrt()
         log["vq_error"] = left[-1] / energy[getattr(quantizer.config, "n_first", 0) % len(left)]
         threshold = quantizer.config.dead_threshold
         for level, counts in enumerate(quantizer.ema_counts):

@@ -148,3 +148,13 @@ def test_a_run_that_two_validations_call_critical_is_saved_and_stopped(manifest,
     assert "Failure 11" in (tmp_path / "health.md").read_text()
     train(tiny_config(["data.segments_per_epoch=4"], manifest), tmp_path, True, torch.device("cpu"))  # never: goes on
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 8
+
+
+def test_frozen_codebooks_are_not_called_still():
+    for part, watched_drift in (("quantizer", False), ("codebooks.0", True)):
+        config = tiny_config([f"train.freeze=[{part}]"])
+        t, watch = build(config, torch.device("cpu")), CodebookWatch()
+        wav = torch.from_numpy(np.stack([speech_like(2000, seed=i) for i in range(4)]))[:, None]
+        logs = [train_step(wav, t, phase_config(config, 0), step, watch=watch) for step in range(2)]
+        assert ("codebook_drift" in logs[1]) == watched_drift
+        assert not watched_drift or logs[1]["codebook_drift"] > 1e-4
