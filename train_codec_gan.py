@@ -11,6 +11,7 @@ import argparse
 import math
 import signal
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,11 +75,12 @@ from codec.model import Codec, CodecOutput
 from codec.preflight import Check
 from codec.pretrained import read_model, resolve
 from codec.runlog import EpochMeans, RunLog, read_metrics
-from codec.watch import NEUTRAL, CodebookWatch, constants, gradient_figures, over_interval, sound_figures
+from codec.watch import NEUTRAL, CodebookWatch, gradient_figures, over_interval, sound_figures
 
 ONLY_AT_START = ("init_from", "disc_warmup_steps")  # keys of train without a say in a resumed run; a warm-up can end early
 PROJECTIONS = ("project_in", "project_out", "own_inputs", "in_proj", "out_proj", "path")  # of a quantizer
 BRIEF_S, PREFLIGHT_S = 30.0, 600.0  # seconds of audio that are looked at before a run, and by --preflight
+EXAMINED_BYTES = 8_000_000  # of the end of metrics.jsonl, some thousand lines, that the doctor reads at a validation
 VAL_SEED = 12345  # validation segments are the same in every run on the same data
 
 
@@ -534,7 +536,12 @@ def rehearse(config: Config, device: torch.device, price_per_hour: float) -> int
         values = {key: float(value) for key, value in train_step(wav, t, phases[index], 0, False, targets, watch).items()}
         return looks.setdefault(index, values)
 
-    cost = preflight.measure(config, take_step, lambda: validate(t, val_segments, config, device, None, 0))
+    with tempfile.TemporaryDirectory() as folder:
+        log = RunLog(folder) if distributed.is_main() else None
+        cost = preflight.measure(config, take_step, lambda: validate(t, val_segments, config, device, log, 0),
+                                 lambda: save(Path(folder), t, config, {"step": 0}, best=False))  # fmt: skip
+        if log:
+            log.close()
     for index, look in looks.items():
         grads = {key.removeprefix("grad_out_").removeprefix("grad_"): value for key, value in look.items()
                  if key.startswith(("grad_out_", "grad_z_"))}  # fmt: skip
@@ -563,9 +570,10 @@ def train(config: Config, run_dir: Path, resume: bool, device: torch.device) -> 
     if not resume and (run_dir / "metrics.jsonl").exists():
         raise ValueError(f"{run_dir}: holds a run already; go on with it by --resume, or name another --run_dir")
 
-    data, hop_length = config.data, config.model.encoder.hop_length
+    data, copies = config.data, 0.0
     segments, val_segments = open_data(config)
     if main:
+        copies = preflight.copied_share(segments.segments.utterances, config.model.sample_rate, BRIEF_S)
         tell(preflight.render(look_before(config, segments, val_segments, BRIEF_S), brief=True))
 
     # Model: where the last run left it, or another run's, or a new one
@@ -626,7 +634,8 @@ def train(config: Config, run_dir: Path, resume: bool, device: torch.device) -> 
         values = dict(zip(names, averages))
         state["step"] = step = step + 1
         means.add({f"train/{name}": value for name, value in values.items()})
-        recent.append(values)
+        if main:
+            recent.append(values)
         bar.update()
 
         # A non-finite update was left out already; here it is named, and ends the run when it repeats.
@@ -653,14 +662,8 @@ def train(config: Config, run_dir: Path, resume: bool, device: torch.device) -> 
                      **over_interval(recent, phases[phase].optim)}  # fmt: skip
             recent.clear()
             if explained != phase:
-                explained, kind = phase, config.losses.adversarial
-                rates |= constants(phases[phase].loss_weights, {
-                    "phase": phase, "phase_start": sum(p.steps for p in config.phases[:phase]),
-                    "total_steps": config.total_steps, "steps_per_epoch": steps_per_epoch, "loss_d_neutral": NEUTRAL[kind],
-                    "codebook_size": config.model.quantizer.codebook_size,
-                    "data_copies": preflight.copied_share(segments.segments.utterances, config.model.sample_rate, BRIEF_S),
-                    "frames_per_step": data.batch_size * data.segment_samples // hop_length,
-                })  # fmt: skip
+                explained = phase
+                rates |= explain(config, phase, copies)
             log.scalars(step, {f"train/{name}_step": value for name, value in (values | rates).items()})
             shown |= {"audio_s/s": f"{rate:.0f}", "mel": f"{values.get('mel', math.nan):.3f}",
                       "snr": f"{values['snr_db']:.1f}dB", "amp": f"{values['amplitude_ratio']:.2f}",
@@ -678,7 +681,9 @@ def train(config: Config, run_dir: Path, resume: bool, device: torch.device) -> 
             if best:
                 state["best_mel"] = scores["val/mel"]
             if main:
-                log.scalars(step, {f"{name}_step": value for name, value in scores.items()})
+                again = explain(config, phase, copies)  # so that the end of a long log explains itself
+                log.scalars(step, {f"{name}_step": value for name, value in scores.items()}
+                            | {f"train/{name}_step": value for name, value in again.items()})  # fmt: skip
             tell(validation_line(step, config.phases[phase].name, scores, values), bar)
             if main:
                 verdicts.append(examine(run_dir, log, step, bar))
@@ -696,19 +701,35 @@ def train(config: Config, run_dir: Path, resume: bool, device: torch.device) -> 
     bar.close()
     if log:
         log.close()
-    if main and dying(verdicts, config):
+    if main and dying(verdicts, config) and not (last or stop_requested or over_time):
         raise ValueError(f"{run_dir}: stopped by the doctor at step {step}, see health.md there; doctor.stop_on: never goes on")
 
 
 def examine(run_dir: Path, log: RunLog, step: int, bar: tqdm | None = None) -> Diagnosis:
     """What the doctor says of the run so far: to run_dir/health.md, TensorBoard, and where it found something, the console."""
-    diagnosis = diagnose(History.from_rows(read_metrics(run_dir)))
+    try:
+        diagnosis = diagnose(History.from_rows(read_metrics(run_dir, EXAMINED_BYTES)))
+    except (ArithmeticError, ValueError, IndexError) as error:  # advice must not end a run
+        tell(f"step {step}: the doctor stumbled ({error!r}); please report it with metrics.jsonl", bar)
+        return Diagnosis(step, "not yet", [], [], [])
     text = to_markdown(diagnosis, run_dir.name)
     write_atomically(run_dir / "health.md", text)
     log.text(step, "health", text)
     for finding in diagnosis.findings:
         tell(f"step {step}: {finding.level}: {finding.title}: {finding.evidence}; {finding.mend}", bar)
     return diagnosis
+
+
+def explain(config: Config, phase: int, copies: float) -> dict[str, float]:
+    """What does not change within a phase, so that a log explains itself without its config."""
+    data, resolved = config.data, phase_config(config, phase)
+    return {f"weight_{name}": value for name, value in vars(resolved.loss_weights).items()} | {
+        "phase": phase, "phase_start": sum(p.steps for p in config.phases[:phase]), "total_steps": config.total_steps,
+        "steps_per_epoch": data.segments_per_epoch // data.batch_size, "data_copies": copies,
+        "from_weights": float(bool(config.train.init_from)), "loss_d_neutral": NEUTRAL[config.losses.adversarial],
+        "codebook_size": config.model.quantizer.codebook_size,
+        "frames_per_step": data.batch_size * data.segment_samples // config.model.encoder.hop_length,
+    }  # fmt: skip
 
 
 def dying(verdicts: list[Diagnosis], config: Config) -> bool:

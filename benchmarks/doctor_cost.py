@@ -48,11 +48,11 @@ def main() -> int:
         share = (more / config.doctor.watch_every + figures) / step_s
         names |= set(train_step(wav, t, resolved, 0, watch=watch))
         print(f"{phase.name}: {1000 * step_s:.0f} ms an update; watched {1000 * more:.0f} ms more, one in "
-              f"{config.doctor.watch_every}; figures of sound {1000 * figures:.2f} ms: {100 * share:.2f} % of a step")  # fmt: skip
+              f"{config.doctor.watch_every}; figures of sound {1000 * figures:.2f} ms: {100 * share:.2f} % of a step")
     n_lines = config.total_steps // config.train.log_every
     rows = [{"step": (i + 1) * config.train.log_every} | {f"train/{name}_step": 0.1 for name in names} for i in range(n_lines)]
     text = "\n".join(map(json.dumps, rows))
-    taken = seconds(lambda: to_markdown(diagnose(History.from_rows([json.loads(line) for line in text.split("\n")])), "run"))
+    taken = seconds(lambda: to_markdown(diagnose(History.from_rows(list(map(json.loads, text.split("\n"))))), "run"))
     print(f"a diagnosis of {n_lines} lines, the whole run's: {taken:.2f} s, one every {config.train.val_every} updates: "
           f"{100 * taken / (config.train.val_every * step_s):.2f} % of a step")
     return 0

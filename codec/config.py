@@ -659,6 +659,8 @@ def _validate_first_group(model: ModelConfig, where: str) -> None:
     for key, default in defaults.items():
         if getattr(quantizer, key) != default and not quantizer.n_semantic:
             raise ValueError(f"{at}.{key}={getattr(quantizer, key)} without semantic codebooks; set n_semantic to 1 or more")
+    if quantizer.semantic_layer_scale and not quantizer.semantic_blocks:
+        raise ValueError(f"{at}.semantic_layer_scale={quantizer.semantic_layer_scale} without semantic_blocks; set some, or 0")
 
 
 def _validate_distillation(config: Config, where: str) -> None:

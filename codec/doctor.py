@@ -46,6 +46,12 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--json", action="store_true", help="print JSON, for scripts")
     command.set_defaults(run=run, user_error=USER_ERROR)
 
+    def refuse(message: str) -> None:  # argparse's own exit code would read as critical
+        command.print_usage(sys.stderr)
+        command.exit(USER_ERROR, f"codec doctor: {message}\n")
+
+    command.error = refuse
+
 
 def run(options: argparse.Namespace) -> int:
     """What a run's metrics say: is it healthy or dying, of what, and what to change."""

@@ -21,7 +21,8 @@ KNOWN = frozenset(
         "skipped_d", "skipped", "lr_g", "lr_d", "audio_s_per_s", "audio_hours", "input_rms", "input_peak", "input_dc",
         "input_clipped", "input_silent", "output_rms", "output_dc", "output_peak", "grad_z_signal", "grad_z_commit", "ste_gain",
         "commit_reach", "code_norm", "codebook_drift", "vq_error", "loss_d_neutral", "steps_per_epoch", "total_steps", "phase",
-        "phase_start", "codebook_size", "frames_per_step", "data_copies", "wavlm_llm_ratio", "grad_out_balanced",
+        "phase_start", "codebook_size", "frames_per_step", "data_copies",
+        "from_weights", "wavlm_llm_ratio", "grad_out_balanced",
         *[f"{teacher}_{what}" for teacher in ("llm", "wavlm", "pitch") for what in ("frames", "similarity")],
         *[f"{start}_{name}" for start in ("weight", "grad_out") for name in TERMS],
         *[f"grad_{name}_to_{i}" for name in (*TERMS, "balanced") for i in range(8)],
@@ -168,6 +169,11 @@ class History:
         return float(np.median(values)) if len(values) else math.nan
 
 
+def ratio(a: float, b: float) -> float:
+    """a / b; NaN where b is 0 or either is unknown."""
+    return a / b if b and math.isfinite(a) and math.isfinite(b) else math.nan
+
+
 def trend(values: np.ndarray) -> str:
     """Whether a series rises or falls by more than its own noise: thirds compared by medians; "" below 6 values."""
     if len(values) < 6:
@@ -218,7 +224,9 @@ def found(number: int, evidence: str, confidence: float, level: str = "critical"
 def nonfinite(h: History) -> Finding | None:
     shares = h.values("train/skipped") if len(h.values("train/skipped")) else h.values("train/skipped_g")
     share = float(shares[-10:].mean()) if len(shares) else 0.0
-    gone = [name for name, (_, values) in h.figures.items() if name.startswith("train/loss") and np.isnan(values[-1])]
+    now = max((steps[-1] for name, (steps, _) in h.figures.items() if name.startswith("train/")), default=0)
+    gone = [name for name, (steps, values) in h.figures.items()
+            if name.startswith("train/loss_") and steps[-1] == now and np.isnan(values[-2:]).all()]  # fmt: skip
     if share < 0.01 and not gone:
         return None
     evidence = f"{100 * share:.0f} % of the last updates left out as not finite" + "".join(f"; {name} is NaN" for name in gone)
@@ -229,13 +237,14 @@ def tiny_epoch(h: History) -> Finding | None:
     steps, total = h.last("train/steps_per_epoch"), h.last("train/total_steps")
     if not steps < 100:
         return None
-    whole = f", the whole run {total:.0f}; published codecs took 250,000 and more" if total > 0 else ""
-    return found(11, f"an epoch is {steps:.0f} updates{whole}", 0.95, "critical" if steps < 20 else "warning")
+    whole = f", the whole run {total:.0f}" + "; published codecs took 250,000 and more" * (total < 20000) if total > 0 else ""
+    level = "warning" if steps >= 20 or total >= 20000 else "critical"  # a long run is only badly logged
+    return found(11, f"an epoch is {steps:.0f} updates{whole}", 0.95, level)
 
 
 def bad_audio(h: History) -> Finding | None:
     clipped, silent = h.recent("train/input_clipped", 10), h.recent("train/input_silent", 10)
-    offset = h.recent("train/input_dc", 10) / h.recent("train/input_rms", 10)
+    offset = ratio(h.recent("train/input_dc", 10), h.recent("train/input_rms", 10))
     seen = [f"{100 * clipped:.1f} % of the samples lie on flat tops: clipped"] if clipped > 0.01 else []
     seen += [f"{100 * silent:.0f} % of the segments are silent"] if silent > 0.25 else []
     copied = h.last("train/data_copies")
@@ -252,28 +261,31 @@ def wrong_gradient(h: History) -> Finding | None:
 
 
 def frozen_codebooks(h: History) -> Finding | None:
-    drift = h.values("train/codebook_drift")[-3:]
-    if not len(drift) or drift.max() > 1e-6:
+    drift, rate = h.values("train/codebook_drift")[-3:], h.values("train/lr_g")
+    if not len(drift) or drift.max() > 1e-6 or (len(rate) and rate[-1] < 0.01 * rate.max()):  # the end of a schedule
         return None
     return found(3, f"between two looks they moved by {drift.max():.1g} of their norm", 0.97)
 
 
 def too_loud(h: History) -> Finding | None:
-    ratio, level = h.recent("val/amplitude_ratio", 1), h.recent("train/input_rms")
-    ratio = ratio if math.isfinite(ratio) else h.recent("train/amplitude_ratio")
+    level, heard = h.recent("train/input_rms"), h.recent("val/amplitude_ratio", 1)
+    loud = heard if math.isfinite(heard) else h.recent("train/amplitude_ratio")
     peak, offset = h.recent("train/output_peak"), h.recent("train/output_dc")
-    if not (ratio > 4 or offset > 0.5 * level or (peak > 1.5 and ratio > 1.5)):
+    stays = h.typed or h.step >= NOT_YET  # nothing is expected of a codec's first sounds
+    if not ((loud > 4 and stays) or offset > 0.5 * level or (peak > 1.5 and loud > 1.5)):
         return None
-    return found(2, f"output {ratio:.1f} times as loud as the input, peak {peak:.2g}, offset {offset:.2g}", 0.9)
+    others = "".join(f", {name} {value:.2g}" for name, value in (("peak", peak), ("offset", offset)) if math.isfinite(value))
+    return found(2, f"output {loud:.1f} times as loud as the input{others}", 0.9)
 
 
 def drowned_by_vq(h: History) -> Finding | None:
     name = "val/amplitude_ratio" if len(h.values("val/amplitude_ratio")) else "train/amplitude_ratio"
     amplitude = h.values(name)[-10:]
-    share, ratio = h.recent("train/grad_z_commit") / h.recent("train/grad_z_signal"), h.last("train/vq") / h.last("train/recon")
-    if not len(amplitude) or np.median(amplitude) > 0.6 or not (share > 3 or ratio > 5):
+    share = ratio(h.recent("train/grad_z_commit"), h.recent("train/grad_z_signal"))
+    losses = ratio(h.last("train/vq"), h.last("train/recon"))
+    if len(amplitude) < (1 if h.typed else 2) or np.median(amplitude) > 0.6 or not (share > 3 or losses > 5):
         return None
-    seen = f"{share:.0f} times the gradient of the signal's" if share > 3 else f"{ratio:.0f} times the reconstruction loss"
+    seen = f"{share:.0f} times the gradient of the signal's" if share > 3 else f"{losses:.0f} times the reconstruction loss"
     return found(1, f"the quantizer's loss: {seen}; the output is at {100 * amplitude[-1]:.0f} % of the input's level", 0.95)
 
 
@@ -281,6 +293,9 @@ def adversary(h: History) -> tuple[int, bool, float]:
     """First logged step with a discriminator in this phase, -1 without; whether it ran long enough; its neutral loss."""
     steps, values = h.series("train/loss_d")
     steps = steps[(steps > h.phase_start) & np.isfinite(values)]
+    when, adv = h.series("train/adv_g")
+    if len(when):  # before the generator hears of them, discriminators are warmed up alone
+        steps = np.intersect1d(steps, when[np.isfinite(adv)])
     start = int(steps[0]) if len(steps) else -1
     return start, start >= 0 and (h.typed or h.step - start >= SETTLED), h.last("train/loss_d_neutral", 2.0)
 
@@ -290,15 +305,15 @@ def spikes(h: History) -> Finding | None:
     largest, typical = h.values("train/grad_norm_d_max", start)[-20:], h.values("train/grad_norm_d", start)[-40:]
     if not settled or len(largest) < 3 or h.values("train/clipped_d", start)[-20:].any():
         return None
-    ratio = largest.max() / max(np.median(typical), 1e-12)
-    evidence = f"the largest norm is {largest.max():.3g}, {ratio:.0f} times the usual one, and none was clipped"
-    return found(7, evidence, 0.85) if ratio > 10 and largest.max() > 20 else None
+    times = ratio(largest.max(), np.median(typical))
+    evidence = f"the largest norm is {largest.max():.3g}, {times:.0f} times the usual one, and none was clipped"
+    return found(7, evidence, 0.85) if times > 10 and largest.max() > 20 else None
 
 
 def discriminator_wins(h: History) -> Finding | None:
     start, settled, neutral = adversary(h)
     loss, real, fake = (h.recent(f"train/{name}", 5, start - 1) for name in ("loss_d", "acc_real", "acc_fake"))
-    if not settled or not loss < 0.25 * neutral or min(real, fake) < 0.95:
+    if not settled or not loss < 0.25 * neutral or min(real, fake) < 0.85:
         return None
     adv = trend(h.values("train/adv_g", start - 1)[-30:])
     seen = f", accuracies {real:.2f} and {fake:.2f}" if real > 0 else ""
@@ -306,73 +321,97 @@ def discriminator_wins(h: History) -> Finding | None:
 
 
 def discriminator_learns_nothing(h: History) -> Finding | None:
+    """Its loss does not move and its logits do not tell; or it moves, but guesses, and the output gets no better."""
     start, settled, neutral = adversary(h)
-    loss, feat = h.values("train/loss_d", start - 1), h.recent("train/feat")
+    loss, feat = h.values("train/loss_d", start - 1)[-10:], h.recent("train/feat")
     if not settled:
         return None
-    apart = h.recent("train/logit_real", 10, start - 1) - h.recent("train/logit_fake", 10, start - 1)
-    known = apart if math.isfinite(apart) else (0 if feat < 0.02 else 1)
-    stuck = np.abs(loss[-10:] - neutral).max() <= 0.01 * neutral and known <= 0.1
+    apart = abs(h.recent("train/logit_real", 10, start - 1) - h.recent("train/logit_fake", 10, start - 1))
+    flat = np.abs(loss - np.median(loss)).max() <= 0.01 * neutral
+    stuck = flat and (apart <= 0.03 if apart >= 0 else abs(np.median(loss) - neutral) <= 0.01 * neutral and feat < 0.02)
     told = np.concatenate([h.values(f"train/{name}", start - 1)[-30:] for name in ("acc_real", "acc_fake")])
-    guesses = len(told) >= 40 and told.mean() < 0.56 and abs(np.median(loss[-30:]) / neutral - 0.95) < 0.1
-    if not stuck and not (guesses and h.recent("val/snr_db", 3, start - 1) < 0):
+    loss, heard = np.median(h.values("train/loss_d", start - 1)[-30:]), h.values("val/mel", start - 1)
+    guesses = len(told) >= 40 and told.mean() < 0.56 and abs(ratio(loss, neutral) - 0.95) < 0.1
+    guesses = guesses and len(heard) >= 2 and heard[-1] > 0.97 * heard[0] and h.recent("val/snr_db", 3, start - 1) < 0
+    if not stuck and not guesses:
         return None
     guessed = f"; it is right {100 * told.mean():.0f} % of the time, and the output gets no better" if guesses else ""
-    return found(5, f"loss_d stays at {np.median(loss):.3f}, where {neutral:g} knows nothing; feat {feat:.2g}{guessed}", 0.9)
+    telling = f"logits {apart:.2g} apart" if apart >= 0 else f"feat {feat:.2g}"
+    return found(5, f"loss_d stays at {loss:.3f}, where {neutral:g} knows nothing; {telling}{guessed}", 0.9)
 
 
 def discriminator_fooled(h: History) -> Finding | None:
     start, settled, neutral = adversary(h)
     loss = h.recent("train/loss_d", 10, start - 1)
-    return found(0, f"loss_d {loss:.2g}, above the {neutral:g} of one that knows nothing", 0.7, "warning") if (
-        settled and loss > 1.5 * neutral) else None  # fmt: skip
+    nothing = max(neutral, 1.0)  # what a discriminator gets that says 0: least squares 1, where 0.5 says neither
+    return found(0, f"loss_d {loss:.2g}, far above the {nothing:.2g} of one that says 0", 0.7) if (
+        settled and loss > 1.5 * nothing) else None  # fmt: skip
 
 
 def nothing_heard(h: History) -> Finding | None:
+    """Fatal from scratch; a codec that speaks already may be tuned so, and is watched."""
     weights = {name: h.last(f"train/weight_{name}") for name in TERMS}
     if not (weights["adv"] > 0 or weights["feat"] > 0) or any(weights[name] > 0 for name in ("wave", "mel", "msspec")):
         return None
     mel = h.values("val/mel", h.phase_start)
-    if len(mel) < 2 or not (mel[-1] > 1.05 * mel.min() or mel[-1] > 12):
+    fresh = not h.last("train/phase", 0) and not h.last("train/from_weights", 0)
+    if len(mel) < 2:
+        return None
+    rises, stays = len(mel) >= 3 and mel[-3:].min() > 1.1 * mel.min(), fresh and mel[-1] > max(8, 0.9 * mel[0])
+    if not (rises or stays or mel[-1] > 10):
         return None
     evidence = f"no reconstruction loss has a weight; mel distance {mel[-1]:.1f} dB, the best in this phase {mel.min():.1f}"
-    return found(10, evidence, 0.9)
+    return found(10, evidence, 0.9 if fresh else 0.6, "critical" if fresh or mel[-1] > 10 else "warning")
 
 
 def stuck_teacher(h: History) -> Finding | None:
-    loss, gains = h.last("train/wavlm"), h.values("val/wavlm_gain")
-    if h.typed and loss > 0.5:
-        return found(9, f"wavlm {loss:.3g}: alignment of codebooks 0+1 fails, similarity {1 - loss:.2f}", 0.8)
-    share = h.recent("train/grad_msspec_to_1") / h.recent("train/grad_wavlm_to_1")
-    if len(gains) < 3 or gains[-1] > 0.2 or gains[-1] - gains[len(gains) // 2] > 0.02 or not share > 10:
-        return None
-    return found(9, f"wavlm is {100 * gains[-1]:.0f} % of the way from a constant answer to perfect and no longer moves; "
-                 f"reconstruction sends {share:.0f} times its gradient into the codebooks", 0.85)  # fmt: skip
+    loss, gains = h.values("train/wavlm"), h.values("val/wavlm_gain")
+    if h.typed:
+        return found(9, f"wavlm {loss[-1]:.3g}: alignment of codebooks 0+1 fails, similarity {1 - loss[-1]:.2f}", 0.8) if (
+            len(loss) and loss[-1] > 0.5) else None  # fmt: skip
+    asked = h.recent("train/grad_wavlm_to_1")
+    others = [h.recent(f"train/grad_{name}_to_1") for name in ("wave", "scale", "mel", "msspec", "adv", "feat", "balanced")]
+    share = ratio(float(np.nansum(others)), asked)
+    if len(gains) >= 3 and gains[-1] < 0.2 and gains[-1] - gains[len(gains) // 2] < 0.02 and share > 10:
+        return found(9, f"wavlm is {100 * gains[-1]:.0f} % of the way from a constant answer to perfect and no longer moves; "
+                     f"reconstruction sends {share:.0f} times its gradient into the codebooks", 0.85)  # fmt: skip
+    alone = not len(gains) and len(loss) >= 30 and trend(loss[-60:]) == "flat" and np.median(loss[-10:]) > 0.5
+    if alone and trend(h.values("train/llm")[-60:]) == "falling":
+        return found(9, f"wavlm stays at {np.median(loss[-10:]):.2f} while llm falls", 0.6)
+    return None
+
+
+def windows(values: np.ndarray) -> np.ndarray:
+    """Medians over stretches of a quarter of a series, of 30 values at most: single batches are noise. At least 3 values."""
+    width = max(min(30, len(values) // 4), 1)
+    return np.median(values[len(values) % width :].reshape(-1, width), axis=1)
 
 
 def false_mel(h: History) -> Finding | None:
-    since = h.phase_start
-    loss, heard = h.values("train/mel", since), h.values("val/mel", since)
+    loss, heard, snr_db = (h.values(name, h.phase_start) for name in ("train/mel", "val/mel", "val/snr_db"))
     if len(loss) < 12 or len(heard) < 3:
         return None
-    third = len(loss) // 3
-    falls, better = 1 - np.median(loss[-third:]) / np.median(loss[:third]), 1 - heard[-1] / heard[0]
+    loss = windows(loss)
+    falls, better = 1 - ratio(loss[-1], loss[0]), 1 - ratio(heard.min(), heard[0])
+    speaks = heard[-1] < 7 or (len(snr_db) and snr_db[-1] > 1)
     evidence = f"the mel loss fell by {100 * falls:.0f} %, the fixed mel distance from {heard[0]:.1f} to {heard[-1]:.1f} dB"
-    return found(15, evidence, 0.8) if falls > 0.15 and better < 0.02 else None
+    return found(15, evidence, 0.8) if falls > 0.15 and better < 0.4 * falls and not speaks else None
 
 
 def diverges(h: History) -> Finding | None:
-    """By what compares signals: loss_g itself moves with the adversary."""
-    name = next((name for name in ("train/mel", "train/msspec", "train/wave") if len(h.values(name))), "train/wave")
-    loss, heard = h.values(name, h.phase_start), h.values("val/mel", h.phase_start)
-    if len(loss) < 9:
-        return None
-    late, best = np.median(loss[-3:]), min(np.median(loss[i : i + 3]) for i in range(len(loss) - 2))
-    worse = heard[-1] / heard.min() if len(heard) else math.inf
-    norm = h.values("train/grad_norm_g_max", h.phase_start)
-    norms = f"; gradient norms from {np.median(norm[:3]):.3g} to {np.median(norm[-3:]):.3g}" if len(norm) >= 6 else ""
-    evidence = f"{name.removeprefix('train/')} is {late:.3g}, its best was {best:.3g}{norms}"
-    return found(13, evidence, 0.8) if late > 1.3 * best and worse > 1.1 else None
+    """By what compares signals; by loss_g where no adversary moves it."""
+    adversarial = len(h.values("train/adv_g", h.phase_start))
+    for name in (*["train/loss_g"] * (not adversarial), "train/mel", "train/msspec", "train/wave"):
+        loss, heard = h.values(name, h.phase_start), h.values("val/mel", h.phase_start)
+        if len(loss) < 9:
+            continue
+        late, best = windows(loss)[-1], windows(loss).min()
+        worse = len(heard) >= 5 and heard[-3:].min() > 1.1 * heard.min()
+        if late > 3 * best or (late > 1.5 * best and worse):
+            norm = h.values("train/grad_norm_g_max", h.phase_start)
+            norms = f"; gradient norms from {np.median(norm[:3]):.3g} to {np.median(norm[-3:]):.3g}" if len(norm) >= 6 else ""
+            return found(13, f"{name.removeprefix('train/')} is {late:.3g}, its best was {best:.3g}{norms}", 0.8)
+    return None
 
 
 def collapse(h: History) -> Finding | None:
@@ -384,8 +423,9 @@ def collapse(h: History) -> Finding | None:
 
 
 FAILURES = (
-    nonfinite, tiny_epoch, bad_audio, wrong_gradient, frozen_codebooks, too_loud, drowned_by_vq, spikes, discriminator_wins,
-    discriminator_learns_nothing, nothing_heard, stuck_teacher, false_mel, diverges, collapse, discriminator_fooled,
+    nonfinite, tiny_epoch, bad_audio, wrong_gradient, frozen_codebooks, too_loud, spikes, discriminator_wins,
+    discriminator_learns_nothing, nothing_heard, diverges, drowned_by_vq, stuck_teacher, false_mel, collapse,
+    discriminator_fooled,
 )  # fmt: skip
 
 
@@ -396,9 +436,13 @@ def diagnose(h: History) -> Diagnosis:
     """Read the sheet and look for every failure."""
     findings = [finding for failure in FAILURES if (finding := failure(h))]
     findings.sort(key=lambda finding: finding.level != "critical")  # else the order of FAILURES: causes first
-    verdict = findings[0].level if findings else "healthy" if h.typed or h.step >= NOT_YET else "not yet"
+    readings = read_sheet(h)
+    graded = {reading.verdict for reading in readings} | {finding.level for finding in findings}  # of a run, findings alone
+    verdict = next((level for level in ("critical", "warning") if level in graded), "healthy")
+    if verdict == "healthy" and not (readings and (h.typed or h.step >= NOT_YET)):
+        verdict = "not yet"
     unknown = sorted(name for name in h.figures if not name.startswith("epoch/") and name not in KNOWN)
-    return Diagnosis(h.step, verdict, read_sheet(h), findings, unknown)
+    return Diagnosis(h.step, verdict, readings, findings, unknown)
 
 
 def read_sheet(h: History) -> list[Reading]:
@@ -407,7 +451,8 @@ def read_sheet(h: History) -> list[Reading]:
     for line in RANGES:
         if len(h.values(line.name)):
             value = h.last(line.name) if h.typed else h.recent(line.name)
-            verdict = judge(value, line) if line.own_scale or h.typed else ""
+            scale = ratio(2, h.last("train/loss_d_neutral", 2.0)) if line.name == "train/loss_d" else 1  # not hinge
+            verdict = judge(scale * value, line) if line.own_scale or h.typed else ""
             if not h.typed and verdict in ("warning", "critical"):
                 verdict = "watch"  # a young run is off most ranges
             lines.append(Reading(line.name, value, trend(h.values(line.name)[-60:]), text_of(line.good), verdict, line.meaning))

@@ -70,6 +70,7 @@ class Cost(NamedTuple):
     step_s: list[float]  # seconds an update, per phase; 0 for a phase without steps
     validation_s: float
     peak_bytes: int  # of the card on CUDA, else of this process
+    save_s: float = 0.0  # a checkpoint
 
 
 def judge(area: str, bad: bool, message: str, mend: str, level: str = "warning") -> Check:
@@ -243,8 +244,8 @@ def check_copies(
 
 def copied_share(utterances: list[Utterance], sample_rate: int, max_seconds: float) -> float:
     """Share of utterances that are copies of others, as far as so many seconds of audio tell; 0 without any."""
-    copies, _ = find_copies({"train": utterances}, sample_rate, max_seconds)
-    return sum(len(group) - 1 for group in copies) / max(len(utterances), 1)
+    copies, n_left = find_copies({"train": utterances}, sample_rate, max_seconds)
+    return sum(len(group) - 1 for group in copies) / max(len(utterances) - n_left, 1)
 
 
 def pair(groups: list[list[tuple[str, Utterance]]]) -> str:
@@ -271,9 +272,10 @@ def find_copies(
     groups.sort(key=lambda group: all(split == "train" for split, _ in group))
     budget, n_left, compared = max_seconds / COMPARED_S, 0, []
     for group in groups:
-        budget -= len(group)
-        compared += [group] if budget >= 0 else []
-        n_left += len(group) if budget < 0 else 0
+        part = group[: max(int(budget), 0)]
+        budget -= len(part)
+        compared += [part] if len(part) > 1 else []
+        n_left += len(group) - len(part)
     short = round(COMPARED_S * sample_rate)
     alike = [same for group in compared for same in grouped(group, lambda u: samples(u, u.n_samples // 2, short))]
     return [same for group in alike for same in grouped(group, lambda u: samples(u, 0, sample_rate))], n_left
@@ -288,11 +290,12 @@ def grouped(items: list[tuple[str, Utterance]], key: Callable) -> list[list[tupl
 
 
 def samples(u: Utterance, start: int, n_samples: int) -> bytes:
-    """What to compare a part of a file by; unreadable ones are like no other."""
+    """What to compare a part of a file by; unreadable ones are like no other, and so is digital silence."""
     try:
-        return read_segment(u.path, start, n_samples).tobytes()
+        wav = read_segment(u.path, start, n_samples)
     except ValueError:
         return str(u.path).encode()
+    return wav.tobytes() if wav.any() else str(u.path).encode()
 
 
 # ------------------------------------------------------------------------- arithmetic
@@ -421,7 +424,8 @@ def check_config(config: Config, grads: dict[str, float], phase: int = 0) -> lis
             "signal terms: output fades to silence that is easy to code",
             f"loss_weights.commit={weights.commit * grads['z_signal'] / grads['z_commit']:.2g}"))
     if fresh and weights.adversarial and not (weights.mel or weights.msspec or weights.wave):
-        checks.append(Check("config", "stop", "adversarial from the first step without mel, msspec or wave: it learns nothing",
+        checks.append(Check("config", "warning", "adversarial from the first step without mel, msspec or wave: nothing for a "
+                            "long time (Mimi took 4M updates)",
                             "a first phase with loss_weights.mel or msspec, or train.init_from"))
     if factorized and not weights.codebook and not config.train.freeze:
         checks.append(Check("config", "stop", "loss_weights.codebook=0: factorized codebooks would never learn",
@@ -453,13 +457,15 @@ def drowned(grads: dict[str, float], weights: dict[str, float]) -> list[Check]:
 
 
 def measure(
-    config: Config, take_step: Callable[[int], dict], take_validation: Callable[[], None], n_steps: int = 6
+    config: Config, take_step: Callable[[int], dict], take_validation: Callable[[], None], take_save: Callable[[], None],
+    n_steps: int = 6,
 ) -> Cost:
     """Time and memory of real steps and a real validation.
 
     Args:
         take_step: runs one update with the real loader in the phase of that index.
         take_validation: runs one whole validation.
+        take_save: saves one checkpoint.
         n_steps: updates that are timed in every phase, at least.
     Returns:
         Mean time of an update in every phase, after what the loader had read ahead is used up.
@@ -478,10 +484,10 @@ def measure(
         # Not the median: where the loader is slow, its workers are done together and one step waits for all of them.
         step_s.append(float(np.mean(times)) if times else 0.0)
         ahead = 0 if phase.steps else ahead
-    validation_s = seconds(take_validation)
-    if torch.cuda.is_available():
-        return Cost(step_s, validation_s, torch.cuda.max_memory_allocated())
-    return Cost(step_s, validation_s, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    take_validation()  # the first one compiles, and reserves memory
+    validation_s, save_s = seconds(take_validation), seconds(take_save)
+    peak_bytes = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return Cost(step_s, validation_s, torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_bytes, save_s)
 
 
 def seconds(action: Callable[[], object]) -> float:
@@ -528,7 +534,9 @@ def check_resources(config: Config, cost: Cost, n_parameters: int, price_per_hou
 
 def seconds_until(config: Config, cost: Cost, step: int) -> float:
     """Forecast of the time that the first `step` updates take, their validations included."""
-    total_s, left = step // config.train.val_every * cost.validation_s, step
+    n_validations, left = step // config.train.val_every, step
+    n_saves = step // config.train.checkpoint_every + n_validations / 2  # half of them are a new best, which is saved too
+    total_s = n_validations * cost.validation_s + n_saves * cost.save_s
     if step == config.total_steps and step % config.train.val_every:
         total_s += cost.validation_s  # the last step is always followed by one
     for phase, step_s in zip(config.phases, cost.step_s):

@@ -120,16 +120,18 @@ class EpochMeans:
         return means
 
 
-def read_metrics(run_dir: str | Path) -> list[dict]:
+def read_metrics(run_dir: str | Path, max_bytes: int = 0) -> list[dict]:
     """Lines of a run's metrics.jsonl as dicts, oldest first; a torn last line is left out.
 
+    Args:
+        max_bytes: read no more than so much, from the end; 0: all.
     Raises:
         ValueError: the run has no such file.
     """
     path = Path(run_dir) / "metrics.jsonl"
     if not path.is_file():
         raise ValueError(f"{path}: no such file; is {run_dir} the folder of a run?")
-    return [json.loads(line) for line in _whole_lines(path)]
+    return [json.loads(line) for line in _whole_lines(path, max_bytes)]
 
 
 def spectrogram_image(wav: Tensor, wav_hat: Tensor, sample_rate: int) -> np.ndarray:
@@ -162,8 +164,11 @@ def _colour(level: np.ndarray) -> np.ndarray:
     return np.stack(channels, axis=-1).round().astype(np.uint8)
 
 
-def _whole_lines(path: Path) -> list[str]:
-    """Lines of a file up to its last newline: a kill can tear the line after it."""
+def _whole_lines(path: Path, max_bytes: int = 0) -> list[str]:
+    """Lines of a file up to its last newline: a kill can tear the line after it; those in the last bytes, if limited."""
     if not path.exists():
         return []
-    return path.read_bytes().decode(errors="replace").split("\n")[:-1]
+    with open(path, "rb") as file:
+        skipped = max(path.stat().st_size - max_bytes, 0) if max_bytes else 0
+        file.seek(skipped)
+        return file.read().decode(errors="replace").split("\n")[bool(skipped) : -1]

@@ -35,12 +35,13 @@ from codec.features import (
     write_tokens,
 )
 from codec.files import write_atomically
-from codec.pitch import N_BINS, POINT_S, pitch_vectors, yin
+from codec.pitch import N_BINS, pitch_vectors, yin
 from codec.pretrained import public_name, read_json
 from codec.words import Transcript, character_spans, check_words, find_transcript, read_words
 
 WINDOW_S, CONTEXT_S = 30, 2  # longer audio goes in windows; so much of each is context, on both sides
 BUILDING = "building.json"  # what teacher.json will say, while the features are being computed
+POINTS_HZ = 100  # of pitch
 SUPPORTED = "WavLM, HuBERT, wav2vec 2.0 or Whisper"
 
 
@@ -121,6 +122,8 @@ def _read_utterances(manifest: Path) -> tuple[list[Utterance], int]:
 
 def _load_teacher(options: argparse.Namespace, sample_rate: int) -> Teacher:
     if options.pitch:
+        if options.layer is not None:
+            raise ValueError("--layer: --pitch has no layers; leave one of them out")
         return PitchTeacher(sample_rate)
     from transformers.utils import logging
 
@@ -431,8 +434,8 @@ class PitchTeacher:
     def __init__(self, sample_rate: int):
         """Args: sample_rate: the manifest's."""
         self.sample_rate = sample_rate
-        self.info = {"kind": "frames", "teacher": "yin", "layer": 0, "dim": N_BINS + 1, "frame_s": POINT_S,
-                     "first_centre_s": POINT_S / 2}  # fmt: skip
+        self.info = {"kind": "frames", "teacher": "yin", "layer": 0, "dim": N_BINS + 1, "frame_s": 1 / POINTS_HZ,
+                     "first_centre_s": 0.5 / POINTS_HZ}  # fmt: skip
 
     def prepare(self, utterance: Utterance) -> np.ndarray:
         """float32 [T] at the manifest's rate. Raises: ValueError: unreadable, or of another length."""
@@ -441,7 +444,7 @@ class PitchTeacher:
 
     def compute(self, wavs: list[np.ndarray]) -> list[Tensor]:
         """[T] each -> [N, D] each."""
-        centres_s = [(np.arange(math.ceil(len(wav) / self.sample_rate / POINT_S)) + 0.5) * POINT_S for wav in wavs]
+        centres_s = [(np.arange(-(-len(wav) * POINTS_HZ // self.sample_rate)) + 0.5) / POINTS_HZ for wav in wavs]
         return [torch.from_numpy(pitch_vectors(yin(wav, self.sample_rate, at))) for wav, at in zip(wavs, centres_s)]
 
     def write(self, utterance: Utterance, folder: Path, features: Tensor) -> None:

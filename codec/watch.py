@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from codec import metrics
-from codec.config import LossWeights, OptimConfig
+from codec.config import OptimConfig
 from codec.model import CodecOutput
 from codec.rvq import FactorizedResidualVQ
 
@@ -52,7 +52,7 @@ def gradient_figures(terms: dict[str, Tensor], commit: Tensor, out: CodecOutput,
     """
     outputs = {name: torch.autograd.grad(term, out.wav_hat, retain_graph=True)[0] for name, term in terms.items()}
     log = {f"grad_out_{name}": grad.float().norm() for name, grad in outputs.items()}
-    if not out.z.requires_grad:  # a frozen encoder
+    if not terms or not out.z.requires_grad:  # nothing but the quantizer is trained, or a frozen encoder
         return log
     total = sum(outputs.values())
     at_z_q, at_z = torch.autograd.grad(out.wav_hat, (out.quantized.z_q, out.z), total, retain_graph=True)
@@ -63,8 +63,10 @@ def gradient_figures(terms: dict[str, Tensor], commit: Tensor, out: CodecOutput,
     expected = torch.autograd.grad(quantizer.unrounded(z, out.quantized.active), z, at_z_q.float())[0]
     log["ste_gain"] = (at_z * expected).sum() / expected.square().sum()
     if out.quantized.distances is not None:
+        config = quantizer.config
+        weakened = config.n_first if config.semantic_to_encoder != 1 else 0  # these are to send less
         norms = torch.stack([torch.autograd.grad(level.sum(), out.z, retain_graph=True)[0].float().norm()
-                             for level in out.quantized.distances.unbind(1)])  # fmt: skip
+                             for level in out.quantized.distances.unbind(1)[weakened:]])  # fmt: skip
         log["commit_reach"] = norms.min() / norms.max()
     return log
 
@@ -115,8 +117,3 @@ def over_interval(updates: list[dict[str, float]], optim: OptimConfig) -> dict[s
             log |= {f"grad_norm_{side}_max": max(norms), f"clipped_{side}": sum(norm > limit for norm in norms) / len(norms)}
     skipped = [max(values.get("skipped_g", 0), values.get("skipped_d", 0)) > 0 for values in updates]
     return log | {"skipped": sum(skipped) / len(skipped)}
-
-
-def constants(weights: LossWeights, others: dict[str, float]) -> dict[str, float]:
-    """What does not change within a phase, so that a log explains itself without its config."""
-    return {f"weight_{name}": float(value) for name, value in vars(weights).items()} | others

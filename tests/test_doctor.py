@@ -8,6 +8,7 @@ import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 from codec import doctor
+from codec.cli import main
 from codec.doctor import add_command, parse_values, read_rows, render, to_json, to_markdown
 from codec.health import Diagnosis, Finding, History, Reading
 from codec.runlog import RunLog, read_metrics
@@ -324,3 +325,9 @@ def test_help_can_be_printed(capsys):
     with pytest.raises(SystemExit, match="0"):
         options("--help")
     assert "amplitude=53%,38%,7%" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_wrong_option_is_bad_input_and_not_critical(capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["doctor", "runs/x", "--until", "soon"])
+    assert left.value.code == 3 and "codec doctor: " in capsys.readouterr().err

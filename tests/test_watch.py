@@ -23,6 +23,7 @@ QUANTIZERS = [
     ["model.quantizer={type: factorized, n_codebooks: 3, codebook_size: 16, codebook_dim: 4}"],
     ["model.quantizer={type: factorized, n_codebooks: 3, codebook_size: 16, codebook_dim: 4, dropout: 1.0}"],
     [*SPLIT, "model.quantizer.n_codebooks=5", "model.quantizer.dropout=1", "model.quantizer.bypass=0.5"],
+    [*SPLIT, "model.quantizer.n_codebooks=4", "model.quantizer.semantic_to_encoder=0"],
 ]  # fmt: skip
 
 
@@ -43,7 +44,7 @@ def test_every_quantizer_passes_the_gradient_it_should(overrides):
     assert log["grad_out_wave"].item() == pytest.approx(3 / np.sqrt(wav.numel()), rel=1e-4)  # of a mean of absolute values
     assert log["grad_out_power"].item() == pytest.approx(2 * out.wav_hat.norm().item() / wav.numel(), rel=1e-4)
     assert log["grad_z_signal"] > 0 and log["grad_z_commit"] > 0
-    assert log.get("commit_reach", 1) > 0.01 or "dropout" in str(overrides)
+    assert log.get("commit_reach", 1) > 0.01
 
 
 def summed(live: bool):
@@ -135,8 +136,9 @@ def test_a_run_logs_what_the_doctor_needs_and_writes_its_health(manifest, tmp_pa
                 "perplexity_2", "logit_real", "grad_norm_d_max", "clipped_g", "skipped", "weight_adv", "loss_d_neutral",
                 "steps_per_epoch", "total_steps", "phase_start", "input_clipped", "output_peak"]  # fmt: skip
     assert {f"train/{name}_step" for name in expected} <= names
-    starts = [(row["step"], row["train/weight_adv_step"]) for row in read_metrics(tmp_path) if "train/weight_adv_step" in row]
-    assert starts == [(1, 0.0), (4, 1.0)]
+    name = "train/weight_adv_step"
+    explained = [(row["step"], row[name]) for row in read_metrics(tmp_path) if name in row]
+    assert explained == [(1, 0.0), (4, 1.0), (4, 1.0), (8, 1.0)]  # where a phase begins, and at validations
     assert (tmp_path / "health.md").read_text().startswith("# Health of")
 
 
@@ -144,7 +146,7 @@ def test_a_run_that_two_validations_call_critical_is_saved_and_stopped(manifest,
     overrides = ["doctor.stop_on=critical", "train.val_every=2", "data.segments_per_epoch=4"]  # an epoch of one update
     with pytest.raises(ValueError, match="stopped by the doctor at step 5"):
         train(tiny_config(overrides, manifest), tmp_path, False, torch.device("cpu"))
-    assert (tmp_path / "checkpoints" / "step_00000005").is_dir() or any((tmp_path / "checkpoints").glob("step_*5"))
+    assert any((tmp_path / "checkpoints").glob("step_*5"))
     assert "Failure 11" in (tmp_path / "health.md").read_text()
     train(tiny_config(["data.segments_per_epoch=4"], manifest), tmp_path, True, torch.device("cpu"))  # never: goes on
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 8
@@ -158,3 +160,23 @@ def test_frozen_codebooks_are_not_called_still():
         logs = [train_step(wav, t, phase_config(config, 0), step, watch=watch) for step in range(2)]
         assert ("codebook_drift" in logs[1]) == watched_drift
         assert not watched_drift or logs[1]["codebook_drift"] > 1e-4
+
+
+def test_a_run_that_took_all_its_steps_was_not_stopped(manifest, tmp_path):
+    overrides = ["doctor.stop_on=critical", "train.val_every=4", "data.segments_per_epoch=4"]
+    train(tiny_config(overrides, manifest), tmp_path, False, torch.device("cpu"))
+    assert "Failure 11" in (tmp_path / "health.md").read_text() and read_metrics(tmp_path)[-1]["step"] == 8
+
+
+def test_a_phase_without_any_loss_of_the_signal_is_watched_too(manifest, tmp_path):
+    overrides = ["loss_weights.wave=0", "loss_weights.mel=0", "phases=[{name: a, steps: 2}]", "doctor.watch_every=1",
+                 "loss_weights.adv=0", "loss_weights.feat=0"]  # fmt: skip
+    train(tiny_config(overrides, manifest), tmp_path, False, torch.device("cpu"))
+    assert "train/codebook_drift_step" in set().union(*read_metrics(tmp_path))
+
+
+def test_the_end_of_a_long_log_is_read_alone_and_explains_itself(manifest, tmp_path):
+    train(tiny_config(["train.val_every=1"], manifest), tmp_path, False, torch.device("cpu"))
+    rows, tail = read_metrics(tmp_path), read_metrics(tmp_path, 4000)
+    assert tail == rows[-len(tail):] and 0 < len(tail) < len(rows)
+    assert "train/weight_mel_step" in set().union(*tail)
