@@ -75,7 +75,7 @@ from codec.model import Codec, CodecOutput
 from codec.preflight import Check
 from codec.pretrained import read_model, resolve
 from codec.runlog import EpochMeans, RunLog, read_metrics
-from codec.watch import NEUTRAL, CodebookWatch, gradient_figures, over_interval, sound_figures
+from codec.watch import NEUTRAL, CodebookWatch, gradient_figures, mel_off, over_interval, sound_figures
 
 ONLY_AT_START = ("init_from", "disc_warmup_steps")  # keys of train without a say in a resumed run; a warm-up can end early
 PROJECTIONS = ("project_in", "project_out", "own_inputs", "in_proj", "out_proj", "path")  # of a quantizer
@@ -570,10 +570,10 @@ def train(config: Config, run_dir: Path, resume: bool, device: torch.device) -> 
     if not resume and (run_dir / "metrics.jsonl").exists():
         raise ValueError(f"{run_dir}: holds a run already; go on with it by --resume, or name another --run_dir")
 
-    data, copies = config.data, 0.0
+    data, fixed = config.data, {}
     segments, val_segments = open_data(config)
     if main:
-        copies = preflight.copied_share(segments.segments.utterances, config.model.sample_rate, BRIEF_S)
+        fixed["data_copies"] = preflight.copied_share(segments.segments.utterances, config.model.sample_rate, BRIEF_S)
         tell(preflight.render(look_before(config, segments, val_segments, BRIEF_S), brief=True))
 
     # Model: where the last run left it, or another run's, or a new one
@@ -619,6 +619,7 @@ def train(config: Config, run_dir: Path, resume: bool, device: torch.device) -> 
                mininterval=0.5 if sys.stderr.isatty() else 30)  # fmt: skip
     shown, clock, clock_step = {}, time.monotonic(), state["step"]
     watch, recent, explained, verdicts = CodebookWatch(), [], None, []
+    fixed["mel_off"] = mel_off(t.mel_loss, config.model.sample_rate)
     for wav, targets in loader:
         step = state["step"]
         phase = phase_at(config, step)
@@ -663,7 +664,7 @@ def train(config: Config, run_dir: Path, resume: bool, device: torch.device) -> 
             recent.clear()
             if explained != phase:
                 explained = phase
-                rates |= explain(config, phase, copies)
+                rates |= explain(config, phase, fixed)
             log.scalars(step, {f"train/{name}_step": value for name, value in (values | rates).items()})
             shown |= {"audio_s/s": f"{rate:.0f}", "mel": f"{values.get('mel', math.nan):.3f}",
                       "snr": f"{values['snr_db']:.1f}dB", "amp": f"{values['amplitude_ratio']:.2f}",
@@ -681,7 +682,7 @@ def train(config: Config, run_dir: Path, resume: bool, device: torch.device) -> 
             if best:
                 state["best_mel"] = scores["val/mel"]
             if main:
-                again = explain(config, phase, copies)  # so that the end of a long log explains itself
+                again = explain(config, phase, fixed)  # so that the end of a long log explains itself
                 log.scalars(step, {f"{name}_step": value for name, value in scores.items()}
                             | {f"train/{name}_step": value for name, value in again.items()})  # fmt: skip
             tell(validation_line(step, config.phases[phase].name, scores, values), bar)
@@ -720,12 +721,12 @@ def examine(run_dir: Path, log: RunLog, step: int, bar: tqdm | None = None) -> D
     return diagnosis
 
 
-def explain(config: Config, phase: int, copies: float) -> dict[str, float]:
+def explain(config: Config, phase: int, fixed: dict[str, float]) -> dict[str, float]:
     """What does not change within a phase, so that a log explains itself without its config."""
     data, resolved = config.data, phase_config(config, phase)
     return {f"weight_{name}": value for name, value in vars(resolved.loss_weights).items()} | {
         "phase": phase, "phase_start": sum(p.steps for p in config.phases[:phase]), "total_steps": config.total_steps,
-        "steps_per_epoch": data.segments_per_epoch // data.batch_size, "data_copies": copies,
+        "steps_per_epoch": data.segments_per_epoch // data.batch_size, **fixed,
         "from_weights": float(bool(config.train.init_from)), "loss_d_neutral": NEUTRAL[config.losses.adversarial],
         "codebook_size": config.model.quantizer.codebook_size,
         "frames_per_step": data.batch_size * data.segment_samples // config.model.encoder.hop_length,

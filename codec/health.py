@@ -21,7 +21,7 @@ KNOWN = frozenset(
         "skipped_d", "skipped", "lr_g", "lr_d", "audio_s_per_s", "audio_hours", "input_rms", "input_peak", "input_dc",
         "input_clipped", "input_silent", "output_rms", "output_dc", "output_peak", "grad_z_signal", "grad_z_commit", "ste_gain",
         "commit_reach", "code_norm", "codebook_drift", "vq_error", "loss_d_neutral", "steps_per_epoch", "total_steps", "phase",
-        "phase_start", "codebook_size", "frames_per_step", "data_copies",
+        "phase_start", "codebook_size", "frames_per_step", "data_copies", "mel_off",
         "from_weights", "wavlm_llm_ratio", "grad_out_balanced",
         *[f"{teacher}_{what}" for teacher in ("llm", "wavlm", "pitch") for what in ("frames", "similarity")],
         *[f"{start}_{name}" for start in ("weight", "grad_out") for name in TERMS],
@@ -271,8 +271,8 @@ def too_loud(h: History) -> Finding | None:
     level, heard = h.recent("train/input_rms"), h.recent("val/amplitude_ratio", 1)
     loud = heard if math.isfinite(heard) else h.recent("train/amplitude_ratio")
     peak, offset = h.recent("train/output_peak"), h.recent("train/output_dc")
-    stays = h.typed or h.step >= NOT_YET  # nothing is expected of a codec's first sounds
-    if not ((loud > 4 and stays) or offset > 0.5 * level or (peak > 1.5 and loud > 1.5)):
+    young = not h.typed and h.step < NOT_YET  # nothing is expected of a codec's first sounds
+    if young or not (loud > 4 or offset > 0.5 * level or (peak > 1.5 and loud > 1.5)):
         return None
     others = "".join(f", {name} {value:.2g}" for name, value in (("peak", peak), ("offset", offset)) if math.isfinite(value))
     return found(2, f"output {loud:.1f} times as loud as the input{others}", 0.9)
@@ -388,6 +388,10 @@ def windows(values: np.ndarray) -> np.ndarray:
 
 
 def false_mel(h: History) -> Finding | None:
+    """By pure tones where the log has them; else by a loss that falls while nothing gets better."""
+    off = h.last("train/mel_off")
+    if off > 0.1:
+        return found(15, f"pure tones sound in its bands {100 * off:.0f} % of the scale away from their own", 0.97)
     loss, heard, snr_db = (h.values(name, h.phase_start) for name in ("train/mel", "val/mel", "val/snr_db"))
     if len(loss) < 12 or len(heard) < 3:
         return None
@@ -414,6 +418,21 @@ def diverges(h: History) -> Finding | None:
     return None
 
 
+def stalls(h: History) -> Finding | None:
+    """Nothing else was found, and nothing is learnt."""
+    heard, snr_db, rate = h.values("val/mel"), h.values("val/snr_db"), h.last("train/lr_g")
+    if min(len(heard), len(snr_db)) < 4 or h.step < 2 * NOT_YET:
+        return None
+    if heard[-2:].min() < max(8, 0.95 * heard[0]) or snr_db[-2:].max() > 0.5:
+        return None
+    evidence = f"mel distance {heard[0]:.1f} dB at first, {heard[-1]:.1f} now, SNR {snr_db[-1]:.1f} dB" + (
+        f"; lr_g is {rate:.2g}" if rate > 0 else "")
+    if rate > 3e-3:
+        return found(13, evidence, 0.7)
+    mend = "optim.lr_g 1e-4 to 1e-3; mel 1, wave 5 and scale 20 as in configs/quickstart.yaml; look at the data by --preflight"
+    return Finding(0, "nothing is learnt", "warning", 0.6, evidence, mend)
+
+
 def collapse(h: History) -> Finding | None:
     size = min(h.last("train/codebook_size", 1024), h.last("train/frames_per_step", 1024))
     low = [level for level in LEVELS if len(h.values(f"val/perplexity_{level}")) >= 2
@@ -425,7 +444,7 @@ def collapse(h: History) -> Finding | None:
 FAILURES = (
     nonfinite, tiny_epoch, bad_audio, wrong_gradient, frozen_codebooks, too_loud, spikes, discriminator_wins,
     discriminator_learns_nothing, nothing_heard, diverges, drowned_by_vq, stuck_teacher, false_mel, collapse,
-    discriminator_fooled,
+    discriminator_fooled, stalls,
 )  # fmt: skip
 
 

@@ -236,6 +236,18 @@ def test_a_stuck_teacher_is_seen_in_logs_without_gains_and_beside_any_reconstruc
     assert named(**balanced) == [9]
 
 
+def test_a_run_that_learns_nothing_is_named_by_its_rate_where_that_is_high():
+    flat = {"train__mel": 0.6, "val__mel": 11.4, "val__snr_db": -1.0, "val__amplitude_ratio": 0.5}
+    assert named(**flat | {"train__lr_g": 0.1}) == [13]
+    (finding,) = diagnose(History.from_rows(rows(**flat))).findings
+    assert (finding.number, finding.level, finding.title) == (0, "warning", "nothing is learnt")
+    assert named(**flat | {"val__mel": rising(11.4, 9.0)}) == []
+
+
+def test_filters_that_are_no_mel_filters_are_named_by_pure_tones():
+    assert named(train__mel_off=0.35) == [15] and named(train__mel_off=0.03) == []
+
+
 @pytest.mark.parametrize("changes", [
     {"train__input_rms": 0.0, "train__input_dc": 0.0, "train__input_silent": 1.0}, {"train__grad_z_signal": 0.0},
     {"val__wavlm_gain": 0.1, "train__grad_wavlm_to_1": 0.0, "train__grad_msspec_to_1": 0.1}, {"train__grad_norm_d": 0.0},

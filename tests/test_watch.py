@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from conftest import speech_like, tiny_config
 
 from codec.config import phase_config
+from codec.losses import MelLoss
 from codec.model import Codec
 from codec.runlog import read_metrics
 from codec.rvq import EMAResidualVQ
-from codec.watch import CodebookWatch, gradient_figures, over_interval, sound_figures
+from codec.watch import CodebookWatch, gradient_figures, mel_off, over_interval, sound_figures
 from train_codec_gan import build, train, train_step
 
 SPLIT = ["model.quantizer.n_semantic=1", "model.quantizer.n_prosodic=1"]
@@ -180,3 +181,15 @@ def test_the_end_of_a_long_log_is_read_alone_and_explains_itself(manifest, tmp_p
     rows, tail = read_metrics(tmp_path), read_metrics(tmp_path, 4000)
     assert tail == rows[-len(tail):] and 0 < len(tail) < len(rows)
     assert "train/weight_mel_step" in set().union(*tail)
+
+
+def test_pure_tones_tell_mel_filters_from_noise_and_from_reversed_and_linear_ones():
+    windows, bins = (256, 1024), (20, 80)
+    loss = MelLoss(16000, windows, bins)
+    assert mel_off(loss, 16000) < 0.02
+    filters = loss.scales[1].filters.clone()
+    width = len(filters) // 80 + 1
+    linear = F.one_hot((torch.arange(len(filters)) // width).clamp(max=79), 80).float()
+    for wrong in (torch.randn_like(filters), filters.flip(1), linear):
+        loss.scales[1].filters.copy_(wrong)
+        assert mel_off(loss, 16000) > 0.1

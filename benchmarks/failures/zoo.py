@@ -355,7 +355,7 @@ PANELS = {  # number: what shows the failure
     12: ("train/skipped", "train/grad_norm_g", "train/loss_g", "val/mel"),
     13: ("train/loss_g", "train/grad_norm_g_max", "val/mel", "val/snr_db"),
     14: ("train/input_clipped", "train/input_silent", "train/input_dc", "train/mel"),
-    15: ("train/mel", "val/mel", *RECONSTRUCTED),
+    15: ("train/mel", "val/mel", "train/mel_off", "val/snr_db"),
 }
 
 
