@@ -434,11 +434,19 @@ def stalls(h: History) -> Finding | None:
 
 
 def collapse(h: History) -> Finding | None:
-    size = min(h.last("train/codebook_size", 1024), h.last("train/frames_per_step", 1024))
-    low = [level for level in LEVELS if len(h.values(f"val/perplexity_{level}")) >= 2
-           and h.values(f"val/perplexity_{level}")[-2:].max() < max(2.5, 0.02 * size)]  # fmt: skip
-    figures = ", ".join(f"{h.last(f'val/perplexity_{level}'):.1f} in codebook {level}" for level in low[:4])
-    return found(8, f"perplexity {figures}, of {h.last('train/codebook_size', 1024):.0f} entries", 0.85) if low else None
+    """Fatal where every codebook has one entry left, or one fell that was in use; a young encoder hardly varies yet."""
+    size = h.last("train/codebook_size", 1024)
+    limit = max(2.5, 0.02 * min(size, h.last("train/frames_per_step", 1024)))
+    perplexity = {level: h.values(f"val/perplexity_{level}") for level in LEVELS}
+    perplexity = {level: values for level, values in perplexity.items() if len(values) >= 2}
+    low = [level for level, values in perplexity.items() if values[-2:].max() < limit]
+    if not low:
+        return None
+    single = all(values[-2:].max() < 1.03 for values in perplexity.values())
+    fell = [level for level in low if perplexity[level].max() > 5 * limit]
+    level = "critical" if single or fell or h.step > 5000 else "warning"
+    figures = ", ".join(f"{perplexity[i][-1]:.1f} in codebook {i}" for i in (fell or low)[:4])
+    return found(8, f"perplexity {figures}, of {size:.0f} entries", 0.85 if level == "critical" else 0.5, level)
 
 
 FAILURES = (

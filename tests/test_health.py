@@ -47,7 +47,7 @@ FAILING = {
     5: {"train__loss_d": 1.995, "train__feat": 0.012, "train__logit_real": 0.01, "train__logit_fake": 0.0},
     6: {"train__loss_d": 0.2, "train__acc_real": 0.99, "train__acc_fake": 0.99, "train__adv_g": rising(1, 3)},
     7: {"train__grad_norm_d_max": lambda x: 900.0 if x > 0.9 else 1.0},
-    8: {"val__perplexity_0": 1.1},
+    8: {"val__perplexity_0": lambda x: 200.0 if x < 0.5 else 1.1},
     9: {"val__wavlm_gain": 0.07, "train__grad_msspec_to_1": 0.05, "train__grad_wavlm_to_1": 0.001},
     10: {"train__weight_mel": 0.0, "train__weight_wave": 0.0, "val__mel": rising(9.6, 9.3)},
     11: {"train__steps_per_epoch": 2.0},
@@ -242,6 +242,15 @@ def test_a_run_that_learns_nothing_is_named_by_its_rate_where_that_is_high():
     (finding,) = diagnose(History.from_rows(rows(**flat))).findings
     assert (finding.number, finding.level, finding.title) == (0, "warning", "nothing is learnt")
     assert named(**flat | {"val__mel": rising(11.4, 9.0)}) == []
+
+
+def test_one_entry_in_every_codebook_is_a_collapse_and_few_in_a_young_one_are_watched():
+    collapse = {"val__perplexity_0": 1.0, "val__perplexity_1": 1.01}
+    assert named(**collapse) == [8]
+    (finding,) = diagnose(History.from_rows(rows(val__perplexity_0=1.9))).findings
+    assert (finding.number, finding.level) == (8, "warning")
+    late = [row | {"step": row["step"] + 6000} for row in rows(val__perplexity_0=1.9)]
+    assert diagnose(History.from_rows(late)).findings[0].level == "critical"
 
 
 def test_filters_that_are_no_mel_filters_are_named_by_pure_tones():
