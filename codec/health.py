@@ -328,7 +328,10 @@ def discriminator_learns_nothing(h: History) -> Finding | None:
         return None
     apart = abs(h.recent("train/logit_real", 10, start - 1) - h.recent("train/logit_fake", 10, start - 1))
     flat = np.abs(loss - np.median(loss)).max() <= 0.01 * neutral
-    stuck = flat and (apart <= 0.03 if apart >= 0 else abs(np.median(loss) - neutral) <= 0.01 * neutral and feat < 0.02)
+    moves = np.ptp(h.values("train/logit_real", start - 1)[-10:] if apart >= 0 else [0]) > 0.05
+    moves = moves or trend(h.values("train/grad_norm_d", start - 1)[-30:]) == "rising"
+    moves = moves and h.step - start < 500  # then it has had its time
+    stuck = flat and not moves and (apart <= 0.03 if apart >= 0 else abs(np.median(loss) - neutral) <= 0.01 * neutral and feat < 0.02)
     told = np.concatenate([h.values(f"train/{name}", start - 1)[-30:] for name in ("acc_real", "acc_fake")])
     loss, heard = np.median(h.values("train/loss_d", start - 1)[-30:]), h.values("val/mel", start - 1)
     guesses = len(told) >= 40 and told.mean() < 0.56 and abs(ratio(loss, neutral) - 0.95) < 0.1
@@ -390,8 +393,9 @@ def windows(values: np.ndarray) -> np.ndarray:
 def false_mel(h: History) -> Finding | None:
     """By pure tones where the log has them; else by a loss that falls while nothing gets better."""
     off = h.last("train/mel_off")
-    if off > 0.1:
-        return found(15, f"pure tones sound in its bands {100 * off:.0f} % of the scale away from their own", 0.97)
+    if off >= 0:
+        return found(15, f"pure tones sound in its bands {100 * off:.0f} % of the scale away from their own", 0.97) if (
+            off > 0.1) else None  # fmt: skip
     loss, heard, snr_db = (h.values(name, h.phase_start) for name in ("train/mel", "val/mel", "val/snr_db"))
     if len(loss) < 12 or len(heard) < 3:
         return None

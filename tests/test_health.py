@@ -227,6 +227,14 @@ def test_a_least_squares_discriminator_that_says_0_knows_nothing():
     assert named(train__loss_d=1.7, train__loss_d_neutral=0.5) == [0]
 
 
+def test_a_discriminator_that_begins_to_learn_is_given_time():
+    slow = {"train__loss_d": 1.995, "train__feat": 0.2, "train__logit_real": rising(-0.15, -0.4),
+            "train__logit_fake": rising(-0.152, -0.41), "train__loss_g": 1.0}  # fmt: skip
+    young = [row for row in rows(**slow) if row["step"] <= 300]
+    assert 5 not in [f.number for f in diagnose(History.from_rows(young)).findings]
+    assert named(**slow)[:1] == [5]  # 600 updates on
+
+
 def test_a_stuck_teacher_is_seen_in_logs_without_gains_and_beside_any_reconstruction():
     rng = np.random.default_rng(0)
     plain = {"train__wavlm": lambda x: 0.69 + 0.005 * rng.standard_normal(), "train__llm": rising(0.4, 0.08)}
