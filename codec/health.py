@@ -331,7 +331,8 @@ def discriminator_learns_nothing(h: History) -> Finding | None:
     moves = np.ptp(h.values("train/logit_real", start - 1)[-10:] if apart >= 0 else [0]) > 0.05
     moves = moves or trend(h.values("train/grad_norm_d", start - 1)[-30:]) == "rising"
     moves = moves and h.step - start < 500  # then it has had its time
-    stuck = flat and not moves and (apart <= 0.03 if apart >= 0 else abs(np.median(loss) - neutral) <= 0.01 * neutral and feat < 0.02)
+    blind = apart <= 0.03 if apart >= 0 else abs(np.median(loss) - neutral) <= 0.01 * neutral and feat < 0.02
+    stuck = flat and blind and not moves
     told = np.concatenate([h.values(f"train/{name}", start - 1)[-30:] for name in ("acc_real", "acc_fake")])
     loss, heard = np.median(h.values("train/loss_d", start - 1)[-30:]), h.values("val/mel", start - 1)
     guesses = len(told) >= 40 and told.mean() < 0.56 and abs(ratio(loss, neutral) - 0.95) < 0.1
