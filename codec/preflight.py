@@ -527,7 +527,7 @@ def check_resources(config: Config, cost: Cost, n_parameters: int, price_per_hou
               " is enough" if limit_s else ": no limit"),
               f"train.max_minutes={math.ceil(66 * hours)}, or phases.*.steps that fit"),
         judge("resources", cost.peak_bytes > 0.9 * room,
-              f"memory: {cost.peak_bytes / 2**30:.1f} GiB of {room / 2**30:.0f} ({'card' if on_card else 'machine'})",
+              f"memory: {cost.peak_bytes / 2**30:.2f} GiB of {room / 2**30:.0f} ({'card' if on_card else 'machine'})",
               "a smaller data.batch_size or segment, or train.precision=bf16"),
     ]  # fmt: skip
 
