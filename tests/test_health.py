@@ -58,7 +58,7 @@ FAILING = {
 }  # fmt: skip
 NEIGHBOURS = {  # what looks a little like it and is none
     1: {"train__grad_z_commit": 0.1, "val__amplitude_ratio": 0.9},  # strong commitment, and the level holds
-    2: {"val__amplitude_ratio": 3.0, "train__output_peak": 0.6, "train__output_dc": rising(0.4, 0.2)},  # a young, narrow decoder
+    2: {"val__amplitude_ratio": 3.0, "train__output_peak": 0.6, "train__output_dc": rising(0.4, 0.2)},  # young
     3: {"train__codebook_drift": 1e-4},  # the end of a cosine
     4: {"train__ste_gain": 0.98, "train__commit_reach": 0.02},
     5: {"train__loss_d": 1.98, "train__logit_real": 0.3, "train__logit_fake": -0.3},
