@@ -270,12 +270,13 @@ def frozen_codebooks(h: History) -> Finding | None:
 def too_loud(h: History) -> Finding | None:
     level, heard = h.recent("train/input_rms"), h.recent("val/amplitude_ratio", 1)
     loud = heard if math.isfinite(heard) else h.recent("train/amplitude_ratio")
-    peak, offset = max(h.values("train/output_peak"), default=math.nan), h.recent("train/output_dc")
+    steps, peaks = h.series("train/output_peak")
+    peak, offset = max(peaks[steps <= max(NOT_YET, steps[:1].sum())], default=math.nan), h.recent("train/output_dc")
     young = not h.typed and h.step < NOT_YET  # nothing is expected of a codec's first sounds
     beyond = peak > 0.98 or math.isnan(peak)  # an offset below that is how narrow convolutions begin, and passes
     if young or not beyond or not (loud > 2 or offset > 0.5 * level):
         return None
-    figures = (("peak up to", peak), ("offset", offset))
+    figures = (("first peak", peak), ("offset", offset))
     others = "".join(f", {name} {value:.2g}" for name, value in figures if math.isfinite(value))
     return found(2, f"output {loud:.1f} times as loud as the input{others}", 0.9)
 
@@ -330,7 +331,7 @@ def discriminator_learns_nothing(h: History) -> Finding | None:
         return None
     apart = abs(h.recent("train/logit_real", 10, start - 1) - h.recent("train/logit_fake", 10, start - 1))
     flat = np.abs(loss - np.median(loss)).max() <= 0.01 * neutral
-    moves = np.ptp(h.values("train/logit_real", start - 1)[-10:] if apart >= 0 else [0]) > 0.05
+    moves = np.ptp(h.values("train/logit_real", start - 1)[-10:] if apart >= 0 else [0]) > 0.005
     moves = moves or trend(h.values("train/grad_norm_d", start - 1)[-30:]) == "rising"
     moves = moves and h.step - start < 500  # then it has had its time
     blind = apart <= 0.03 if apart >= 0 else abs(np.median(loss) - neutral) <= 0.01 * neutral and feat < 0.02
