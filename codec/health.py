@@ -427,9 +427,9 @@ def diverges(h: History) -> Finding | None:
 
 
 def stalls(h: History) -> Finding | None:
-    """Nothing else was found, and nothing is learnt."""
+    """A run from scratch in which nothing is learnt."""
     heard, snr_db, rate = h.values("val/mel"), h.values("val/snr_db"), h.last("train/lr_g")
-    if min(len(heard), len(snr_db)) < 4 or h.step < 2 * NOT_YET:
+    if min(len(heard), len(snr_db)) < 4 or h.step < 2 * NOT_YET or h.last("train/from_weights", 0):
         return None
     if heard[-2:].min() < max(8, 0.95 * heard[0]) or snr_db[-2:].max() > min(0.5, snr_db[0] + 1):
         return None
