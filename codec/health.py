@@ -452,9 +452,11 @@ def collapse(h: History) -> Finding | None:
         return None
     single = all(values[-2:].max() < 1.03 for values in perplexity.values())
     fell = [level for level in low if perplexity[level].max() > 5 * limit]
-    level = "critical" if single or fell or h.step > 5000 else "warning"
     figures = ", ".join(f"{perplexity[i][-1]:.1f} in codebook {i}" for i in (fell or low)[:4])
-    return found(8, f"perplexity {figures}, of {size:.0f} entries", 0.85 if level == "critical" else 0.5, level)
+    evidence = f"perplexity {figures}, of {size:.0f} entries"
+    if single or fell or h.step > 5000:
+        return found(8, evidence, 0.85)
+    return Finding(0, "few codes in use yet", "warning", 0.5, evidence, "nothing, if it grows within some thousand updates")
 
 
 FAILURES = (

@@ -256,7 +256,7 @@ def test_one_entry_in_every_codebook_is_a_collapse_and_few_in_a_young_one_are_wa
     collapse = {"val__perplexity_0": 1.0, "val__perplexity_1": 1.01}
     assert named(**collapse) == [8]
     (finding,) = diagnose(History.from_rows(rows(val__perplexity_0=1.9))).findings
-    assert (finding.number, finding.level) == (8, "warning")
+    assert (finding.number, finding.level, finding.title) == (0, "warning", "few codes in use yet")
     late = [row | {"step": row["step"] + 6000} for row in rows(val__perplexity_0=1.9)]
     assert diagnose(History.from_rows(late)).findings[0].level == "critical"
 
