@@ -75,7 +75,7 @@ from codec.model import Codec, CodecOutput
 from codec.preflight import Check
 from codec.pretrained import read_model, resolve
 from codec.runlog import EpochMeans, RunLog, read_metrics
-from codec.watch import NEUTRAL, CodebookWatch, gradient_figures, mel_off, over_interval, sound_figures
+from codec.watch import NEUTRAL, OF_INTERVALS, CodebookWatch, gradient_figures, mel_off, over_interval, sound_figures
 
 ONLY_AT_START = ("init_from", "disc_warmup_steps")  # keys of train without a say in a resumed run; a warm-up can end early
 PROJECTIONS = ("project_in", "project_out", "own_inputs", "in_proj", "out_proj", "path")  # of a quantizer
@@ -578,7 +578,8 @@ def train(config: Config, run_dir: Path, resume: bool, device: torch.device) -> 
 
     # Model: where the last run left it, or another run's, or a new one
     t, added = build(config, device, segments.teachers), range(0)
-    state = {"step": 0, "best_mel": math.inf, "skipped_in_row": 0, "sums": {}, "counts": {}, "disc_warmup_steps": 0}
+    state = {"step": 0, "best_mel": math.inf, "skipped_in_row": 0, "sums": {}, "counts": {}, "recent": [],
+             "disc_warmup_steps": 0}  # fmt: skip
     if resume and any((run_dir / "checkpoints").glob("step_*")):
         folder = find_checkpoint(run_dir)
         state |= restore(folder, t, config)
@@ -618,7 +619,8 @@ def train(config: Config, run_dir: Path, resume: bool, device: torch.device) -> 
     bar = tqdm(total=config.total_steps, initial=state["step"], disable=not main, unit="step", dynamic_ncols=True,
                mininterval=0.5 if sys.stderr.isatty() else 30)  # fmt: skip
     shown, clock, clock_step = {}, time.monotonic(), state["step"]
-    watch, recent, explained, verdicts = CodebookWatch(), [], None, []
+    watch, recent, verdicts = CodebookWatch(), state["recent"], []
+    explained = phase_at(config, state["step"] - 1) if state["step"] else None  # the phase whose constants the log has
     fixed["mel_off"] = mel_off(t.mel_loss, config.model.sample_rate)
     for wav, targets in loader:
         step = state["step"]
@@ -636,7 +638,7 @@ def train(config: Config, run_dir: Path, resume: bool, device: torch.device) -> 
         state["step"] = step = step + 1
         means.add({f"train/{name}": value for name, value in values.items()})
         if main:
-            recent.append(values)
+            recent.append({name: values[name] for name in OF_INTERVALS if name in values})
         bar.update()
 
         # A non-finite update was left out already; here it is named, and ends the run when it repeats.
@@ -695,7 +697,7 @@ def train(config: Config, run_dir: Path, resume: bool, device: torch.device) -> 
         elif step % steps_per_epoch == 0:
             means.pop()
         if step % config.train.checkpoint_every == 0 or last or stop or best:
-            save(run_dir, t, config, state | {"sums": means.sums, "counts": means.counts}, best)
+            save(run_dir, t, config, state | {"sums": means.sums, "counts": means.counts, "recent": recent}, best)
         if stop:
             tell(f"stopped at step {step}, saved; go on with --resume", bar)
             break

@@ -16,6 +16,7 @@ from codec.rvq import FactorizedResidualVQ
 
 SILENT_RMS = 1e-3  # of full scale, -60 dB
 FLAT_TOP = 0.001  # of an item's range: samples so close to its extremes lie on a flat top, or are the few of a true peak
+OF_INTERVALS = ("grad_norm_g", "grad_norm_d", "skipped_g", "skipped_d")  # what `over_interval` reads
 NEUTRAL = {"hinge": 2.0, "least_squares": 0.5, "bce": 1.3863}  # loss_d of a discriminator that always says the border
 
 
@@ -75,7 +76,7 @@ def gradient_figures(terms: dict[str, Tensor], commit: Tensor, out: CodecOutput,
 
 
 class CodebookWatch:
-    """How the codebooks do, from one watched update to the next."""
+    """How the codebooks do, from one watched update to the next; a resumed run begins anew."""
 
     def __init__(self) -> None:
         self.before: Tensor | None = None

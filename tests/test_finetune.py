@@ -16,6 +16,7 @@ from codec.config import disc_warmup, phase_config
 from codec.model import Codec
 from codec.pretrained import resolve
 from codec.runlog import read_metrics
+from codec.watch import sound_figures
 from train_codec_gan import build, load_initial, start_codebooks, train, train_step
 
 CPU = torch.device("cpu")
@@ -196,7 +197,8 @@ def test_a_warm_up_update_changes_the_discriminators_and_nothing_else():
     assert differing(codec, t.codec.state_dict()) == [] and differing(averages, t.averages) == []
     assert len(differing(discriminators, t.discriminators.state_dict())) > 0.9 * len(discriminators)
     assert not t.optimizer_g.state and all(p.grad is None for p in t.codec.parameters())
-    assert set(log) == {"loss_d", "acc_real", "acc_fake", "grad_norm_d", "skipped_d", "snr_db", "amplitude_ratio"}
+    assert set(log) == {"loss_d", "acc_real", "acc_fake", "logit_real", "logit_fake", "grad_norm_d", "skipped_d",
+                        *sound_figures(batch(), batch())}  # fmt: skip
     assert not any(value.requires_grad for value in log.values())
 
     quantizer = t.codec.quantizer  # known wrong: the generator is left out, and the codebooks go on
