@@ -271,7 +271,8 @@ def too_loud(h: History) -> Finding | None:
     level, heard = h.recent("train/input_rms"), h.recent("val/amplitude_ratio", 1)
     loud = heard if math.isfinite(heard) else h.recent("train/amplitude_ratio")
     steps, peaks = h.series("train/output_peak")
-    peak, offset = max(peaks[steps <= max(NOT_YET, steps[:1].sum())], default=math.nan), h.recent("train/output_dc")
+    n_first = max((steps <= NOT_YET).sum(), 1)
+    peak, offset = max(peaks[:n_first], default=math.nan), h.recent("train/output_dc")
     young = not h.typed and h.step < NOT_YET  # nothing is expected of a codec's first sounds
     beyond = peak > 0.98 or math.isnan(peak)  # an offset below that is how narrow convolutions begin, and passes
     if young or not beyond or not (loud > 2 or offset > 0.5 * level):
