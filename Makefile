@@ -1,10 +1,11 @@
 # make demo   set everything up, train a codec on real speech, hear it   (DATA=folder for your own recordings)
 # make test   set everything up, run the tests
+# make eval   set up every metric and classical codec that evaluate_codec.py knows
 PYTHON ?= python3
 BIN := .venv/bin
 DATA ?=
 
-.PHONY: demo test lint clean
+.PHONY: demo test eval tools lint clean
 
 # The stamp is written last: a set-up that was interrupted is done again.
 .venv/.ready: requirements.txt setup.py
@@ -13,14 +14,24 @@ DATA ?=
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@
 
+.venv/.eval: .venv/.ready requirements-eval.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-eval.txt
+	touch $@
+
+# Without apt the tests that need these programs are skipped, and the report says what is not there.
+tools:
+	@$(PYTHON) demo/fetch_programs.py .tools opus-tools codec2 speex chromium-headless-shell || true
+
+eval: .venv/.eval tools
+
 demo: .venv/.ready
 	BIN=$(BIN) DATA="$(DATA)" bash demo/run.sh
 
-test: .venv/.ready
+test: eval
 	$(BIN)/python -m pytest -q tests
 
 lint: .venv/.ready
 	$(BIN)/ruff check .
 
 clean:
-	rm -rf .venv data/demo runs/demo runs/demo-own *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .tools data/demo runs/demo runs/demo-own *.egg-info .pytest_cache .ruff_cache

@@ -7,7 +7,8 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["codec", "codec.*"]),
-    py_modules=["train_codec_gan", "prepare_speaker_data"],
+    package_data={"codec": ["page.html"]},
+    py_modules=["train_codec_gan", "prepare_speaker_data", "evaluate_codec"],
     install_requires=[
         "torch>=2.11",
         "torchaudio>=2.11",
@@ -22,7 +23,19 @@ setup(
     ],
     extras_require={
         "align": ["faster-whisper>=1.2"],
-        "eval": ["pesq>=0.0.4", "pystoi>=0.4.1"],
+        # Resemblyzer, for speaker similarity, cannot be had this way: see requirements-eval.txt
+        "eval": [
+            "pesq>=0.0.4",
+            "pystoi>=0.4.1",
+            "visqol-python[lattice]>=3.8",
+            "distillmos>=0.9.1",
+            "speechmos>=0.0.1.1",
+            "onnxruntime>=1.20",
+            "librosa>=0.10",
+            "requests>=2.31",
+            "hama>=1.7",
+            "faster-whisper>=1.2",
+        ],
         "dev": ["pytest>=8", "ruff>=0.6"],
     },
     entry_points={"console_scripts": ["codec=codec.cli:main"]},

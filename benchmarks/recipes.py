@@ -5,8 +5,8 @@
 Two runs go at once, each on a core of its own. What is scaled is the same for all: 2.4 to 2.5M parameters (codebooks not
 counted), 3 kbps in codebooks of 1024 entries, an update on one segment of 0.96 s, k-means on as many frames, a quarter of
 the discriminators' channels. What is a recipe's own stays as in its config: body, discriminators, losses, weights,
-optimizer, schedule. Held-out utterances are judged by what `Codec.from_pretrained` loads. Prints a Markdown table.
-A finished run is not trained again, and one with a result.json is not judged again.
+optimizer, schedule. 100 held-out utterances are then judged by evaluate_codec.py, beside Opus, Codec2 and Speex; what follows
+`--evaluate` is passed on to it. A finished run is not trained again.
 """
 
 import argparse
@@ -21,17 +21,11 @@ from pathlib import Path
 import torch
 from torch.nn.utils import parametrize
 
-from codec import metrics
-from codec.audio import load_audio
 from codec.config import ModelConfig, load_config
-from codec.data import read_manifest
 from codec.files import write_atomically
 from codec.model import Codec
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "demo"))
-import report  # noqa: E402
-
 SAMPLE_RATE, SEGMENT_SAMPLES = 24000, 23040  # 0.96 s: 72 frames at 75 Hz, 12 at 12.5 Hz
 
 ALIKE = [
@@ -65,15 +59,6 @@ RECIPES = {  # row: config and what scales it
         "loss_weights.adv=4.0", "loss_weights.feat=4.0", "loss_weights.wave=0.1", "loss_weights.msspec=2.0",
     ]),
 }  # fmt: skip
-COLUMNS = {  # key: title, format, and what is best
-    "parameters": ("parameters M", "{:.2f}", None), "kbps": ("kbps", "{:.2f}", None),
-    "updates": ("updates", "{:.0f}", None), "cpu_minutes": ("CPU minutes", "{:.1f}", min),
-    "mel_distance": ("mel distance dB", "{:.2f}", min), "snr_db": ("SNR dB", "{:.2f}", max),
-    "amplitude_ratio": ("amplitude", "{:.2f}", lambda values: min(values, key=lambda value: abs(value - 1))),
-    "stoi": ("STOI", "{:.3f}", max), "pesq_wb": ("PESQ-WB", "{:.2f}", max),
-    "use_lowest": ("codebook use, lowest %", "{:.0f}", max), "use_mean": ("mean %", "{:.0f}", max),
-}  # fmt: skip
-
 
 def overrides(name: str, manifest: str | Path, seconds: float) -> list[str]:
     """`--set` items of one run. Phases keep their shares of the updates."""
@@ -110,37 +95,14 @@ def train(name: str, manifest: Path, run_dir: Path, seconds: float, cores: queue
     write_atomically(run_dir / "cpu_minutes.json", json.dumps((usage.ru_utime + usage.ru_stime) / 60))
 
 
-@torch.no_grad()
-def evaluate(run_dir: Path, manifest: Path) -> dict[str, float]:
-    """Means over 100 utterances of the test split, the same for all; codebook use over the whole split."""
-    codec = Codec.from_pretrained(run_dir)
-    config = load_config(run_dir / "config.yaml")
-    test = read_manifest(manifest, "test", SAMPLE_RATE)
-    rows = []
-    for utterance in report.choose(test, report.MIN_SECONDS * SAMPLE_RATE, 0):
-        wav = load_audio(utterance.path, SAMPLE_RATE)
-        rows.append(report.measure(wav, codec(wav[None]).wav_hat[0], SAMPLE_RATE))
-    codes = torch.cat([codec.encode(load_audio(utterance.path, SAMPLE_RATE)[None]) for utterance in test], -1)
-    use = 100 * metrics.codebook_usage(codes, codec.codebook_size)[1] / codec.codebook_size
-    means = {key: torch.tensor([row[key] for row in rows]).nanmean().item() for key in rows[0]}
-    return means | {
-        "parameters": n_parameters(config.model) / 1e6, "kbps": codec.bitrate_kbps, "updates": config.total_steps,
-        "cpu_minutes": json.loads((run_dir / "cpu_minutes.json").read_text()),
-        "use_lowest": use.min().item(), "use_mean": use.mean().item(),
-    }  # fmt: skip
-
-
-def table(results: dict[str, dict[str, float]]) -> str:
-    """Markdown, the best figure of each column in bold."""
-    lines = ["| ".join(["| recipe ", *(f"{title} " for title, _, _ in COLUMNS.values())]) + "|",
-             "|---" + "|---:" * len(COLUMNS) + "|"]  # fmt: skip
-    best = {key: pick([result[key] for result in results.values()]) for key, (_, _, pick) in COLUMNS.items() if pick}
-    for name, result in results.items():
-        cells = []
-        for key, (_, form, _) in COLUMNS.items():
-            text = form.format(result[key])
-            cells.append(f"**{text}**" if key in best and text == form.format(best[key]) else text)
-        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
+def training_table(out_dir: Path, names: list[str]) -> str:
+    """Markdown: size, bitrate and cost of each run."""
+    lines = ["| recipe | parameters M | kbps | updates | CPU minutes |", "|---|---:|---:|---:|---:|"]
+    for name in names:
+        config = load_config(out_dir / name / "config.yaml")
+        minutes = json.loads((out_dir / name / "cpu_minutes.json").read_text())
+        n, kbps = n_parameters(config.model), Codec.from_pretrained(out_dir / name).bitrate_kbps
+        lines.append(f"| `{name}` | {n / 1e6:.2f} | {kbps:.2f} | {config.total_steps} | {minutes:.1f} |")
     return "\n".join(lines)
 
 
@@ -149,10 +111,11 @@ def main() -> None:
     parser.add_argument("manifest", type=Path)
     parser.add_argument("out_dir", type=Path)
     parser.add_argument("--seconds", type=float, default=800, help="of audio that each recipe is trained on")
+    parser.add_argument("--evaluate", nargs=argparse.REMAINDER, default=[], help="further options of evaluate_codec.py")
     parser.add_argument("--only", nargs="+", choices=RECIPES, default=list(RECIPES), metavar="RECIPE")
     args = parser.parse_args()
+    args.out_dir = args.out_dir.resolve()
     args.out_dir.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)
     cores: queue.Queue[int] = queue.Queue()
     for core in sorted(os.sched_getaffinity(0))[:2]:
         cores.put(core)
@@ -162,12 +125,12 @@ def main() -> None:
                 for name, run_dir in run_dirs.items() if not (run_dir / "cpu_minutes.json").exists()]  # fmt: skip
     for run in runs:
         run.result()
-    results = {}
-    for name, run_dir in run_dirs.items():
-        if not (run_dir / "result.json").exists():
-            write_atomically(run_dir / "result.json", json.dumps(evaluate(run_dir, args.manifest)))
-        results[name] = json.loads((run_dir / "result.json").read_text())
-    print(table(results))
+    print(training_table(args.out_dir, args.only))
+    first, *others = map(str, run_dirs.values())
+    command = [sys.executable, "evaluate_codec.py", "--checkpoint", first, "--manifest", str(args.manifest.resolve()),
+               "--against", ",".join(["opus", "codec2", "speex", *others]), "--n_files", "100",
+               "--out", str(args.out_dir / "evaluation"), *args.evaluate]  # fmt: skip
+    subprocess.run(command, check=True, cwd=ROOT)
 
 
 if __name__ == "__main__":

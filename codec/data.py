@@ -40,23 +40,32 @@ def read_manifest(manifest: str | Path, split: str, sample_rate: int) -> list[Ut
         ValueError: no such file, a line that is not as expected, another sample rate, a missing audio file.
     """
     manifest = Path(manifest)
-    if not manifest.is_file():
-        raise ValueError(f"{manifest}: no such manifest; make one with prepare_speaker_data.py DATA_DIR OUT_DIR")
     utterances = []
-    with open(manifest, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            entry = _parse_line(line, f"{manifest}:{number}")
-            if entry["sample_rate"] != sample_rate:
-                raise ValueError(f"{manifest}:{number}: sample_rate={entry['sample_rate']}, the model's is {sample_rate}; "
-                                 f"prepare the data with --sample_rate {sample_rate}")  # fmt: skip
-            if entry["split"] == split and entry["n_samples"] > 0:
-                path = manifest.parent / entry["path"]
-                utterances.append(Utterance(path, entry["speaker"], entry["n_samples"], entry["path"]))
+    for number, entry in enumerate(read_entries(manifest), 1):
+        if entry["sample_rate"] != sample_rate:
+            raise ValueError(f"{manifest}:{number}: sample_rate={entry['sample_rate']}, the model's is {sample_rate}; "
+                             f"prepare the data with --sample_rate {sample_rate}")  # fmt: skip
+        if entry["split"] == split and entry["n_samples"] > 0:
+            path = manifest.parent / entry["path"]
+            utterances.append(Utterance(path, entry["speaker"], entry["n_samples"], entry["path"]))
     missing = [utterance.path for utterance in utterances if not utterance.path.is_file()]
     if missing:
         raise ValueError(f"{manifest}: {len(missing)} of {len(utterances)} audio files are missing, the first is "
                          f"{missing[0]}; move them back or prepare again")  # fmt: skip
     return utterances
+
+
+def read_entries(manifest: str | Path) -> Iterator[dict]:
+    """The objects of a manifest, line by line, each with REQUIRED_KEYS.
+
+    Raises:
+        ValueError: no such file, or a line that is not as expected.
+    """
+    if not Path(manifest).is_file():
+        raise ValueError(f"{manifest}: no such manifest; make one with prepare_speaker_data.py DATA_DIR OUT_DIR")
+    with open(manifest, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            yield _parse_line(line, f"{manifest}:{number}")
 
 
 def _parse_line(line: str, where: str) -> dict:

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from codec.spectral import mel_filterbank, stft
 
+SCALES = ((0.008, 20), (0.016, 40), (0.032, 80), (0.064, 160))  # seconds of a window, mel bands
+
 # ---------------------------------------------------------------------------- signals
 
 
@@ -74,7 +76,7 @@ def mel_distance(wav: Tensor, wav_hat: Tensor, sample_rate: int) -> Tensor:
     """Mean absolute difference of log mel spectra, in dB; fixed, whatever a run trains on.
 
     80 bands on Slaney's scale up to half the sample rate; Hann window of 1024 samples (2048 above 24 kHz),
-    hop a quarter; magnitudes floored at 1e-4 of a full-scale sine's (-80 dB), below which nobody hears; 20 log10.
+    hop a quarter; magnitudes, of which a full-scale sine's is 0.5, floored at 1e-4; 20 log10.
 
     Args:
         wav: [B, 1, T] reference, T at least 1024 (2048).
@@ -84,16 +86,60 @@ def mel_distance(wav: Tensor, wav_hat: Tensor, sample_rate: int) -> Tensor:
         [B]. Silence has a value: both sides on the floor are equal.
     """
     n_fft = 1024 if sample_rate <= 24000 else 2048
-    window = torch.hann_window(n_fft, device=wav.device)
-    filters = mel_filterbank(sample_rate, n_fft, 80).to(wav.device)
-    filters = filters / filters.sum(0)  # means over a band, so that the floor is the same in every band
+    return _log_distance(wav, wav_hat, n_fft, _mel_filters(sample_rate, n_fft, 80).to(wav.device))
 
-    def log_mel(x: Tensor) -> Tensor:
+
+@torch.no_grad()
+def multi_scale_mel_db(wav: Tensor, wav_hat: Tensor, sample_rate: int) -> Tensor:
+    """As `mel_distance`, averaged over windows of 8, 16, 32 and 64 ms with 20, 40, 80 and 160 bands.
+
+    Args:
+        wav: [B, 1, T] reference, T more than 32 ms.
+        wav_hat: [B, 1, T] reconstruction.
+        sample_rate: Hz, from 8000. The windows are the same at every rate, the bands reach up to half of it.
+    Returns:
+        [B] dB.
+    Source: after DAC's mel distance (Kumar et al. 2023), which takes log10 of magnitudes floored at 1e-5, windows of
+    a fixed number of samples, and adds the distance of the plain magnitudes: its figures do not compare.
+    """
+    distances = []
+    for window_s, n_mels in SCALES:
+        n_fft = round(window_s * sample_rate)
+        filters = _mel_filters(sample_rate, n_fft, n_mels).to(wav.device)
+        distances.append(_log_distance(wav, wav_hat, n_fft, filters))
+    return torch.stack(distances).mean(0)
+
+
+@torch.no_grad()
+def multi_scale_stft_db(wav: Tensor, wav_hat: Tensor, sample_rate: int) -> Tensor:
+    """Mean absolute difference of log magnitude spectra in dB, over the windows of `multi_scale_mel_db`.
+
+    Args and Returns:
+        as `multi_scale_mel_db`. High frequencies, nearly all of the bins, weigh far more than with mel bands.
+    Source: after the log magnitude term of the multi-resolution STFT loss (Yamamoto et al. 2020; auraloss), here in
+    dB, with a floor and without the spectral convergence: figures do not compare.
+    """
+    distances = [_log_distance(wav, wav_hat, round(window_s * sample_rate), None) for window_s, _ in SCALES]
+    return torch.stack(distances).mean(0)
+
+
+def _mel_filters(sample_rate: int, n_fft: int, n_mels: int) -> Tensor:
+    """[n_fft/2 + 1, n_mels] means over a band rather than sums, so that the floor is the same in every band."""
+    filters = mel_filterbank(sample_rate, n_fft, n_mels)
+    return filters / filters.sum(0)
+
+
+def _log_distance(wav: Tensor, wav_hat: Tensor, n_fft: int, filters: Tensor | None) -> Tensor:
+    """[B] mean absolute difference in dB of floored magnitudes, in bands where there are filters."""
+    window = torch.hann_window(n_fft, device=wav.device)
+
+    def log_magnitude(x: Tensor) -> Tensor:
         magnitude = stft(x.squeeze(1), window / window.sum(), n_fft // 4, center=True).abs()
         with torch.autocast(x.device.type, enabled=False):
-            return 20 * (magnitude @ filters).clamp_min(1e-4).log10()
+            magnitude = magnitude if filters is None else magnitude @ filters
+            return 20 * magnitude.clamp_min(1e-4).log10()
 
-    return (log_mel(wav) - log_mel(wav_hat)).abs().mean((1, 2))
+    return (log_magnitude(wav) - log_magnitude(wav_hat)).abs().mean((1, 2))
 
 
 # --------------------------------------------------------------- codebooks, discriminators
@@ -162,29 +208,32 @@ def pesq_wb(wav: Tensor, wav_hat: Tensor, sample_rate: int) -> Tensor | None:
     return torch.tensor(values)
 
 
-def stoi(wav: Tensor, wav_hat: Tensor, sample_rate: int) -> Tensor | None:
+def stoi(wav: Tensor, wav_hat: Tensor, sample_rate: int, extended: bool = False) -> Tensor | None:
     """Short-time objective intelligibility, 0 to 1, from audio at 16 kHz.
 
     Args and Returns:
         as `pesq_wb`; NaN where the reference is silent or has less than 0.4 s of sound; None without pystoi.
-    Source: Taal et al. 2011.
+        extended: ESTOI, which also hears noise that comes and goes; lower for the same audio.
+    Source: Taal et al. 2011; extended: Jensen & Taal 2016.
     """
     try:
         import pystoi
     except ImportError:
         return None
     pairs = _pairs_16k(wav, wav_hat, sample_rate)
-    return torch.tensor([_stoi_of_pair(pystoi.stoi, *pair) for pair in pairs])
+    return torch.tensor([_stoi_of_pair(pystoi.stoi, *pair, extended) for pair in pairs])
 
 
-def _stoi_of_pair(stoi_function: Callable[..., float], reference: np.ndarray, estimate: np.ndarray) -> float:
+def _stoi_of_pair(
+    stoi_function: Callable[..., float], reference: np.ndarray, estimate: np.ndarray, extended: bool
+) -> float:
     """STOI of one item; the package warns and returns 1e-5 where it has too little to judge."""
     if not reference.any():
         return float("nan")
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         try:
-            return float(stoi_function(reference, estimate, 16000))
+            return float(stoi_function(reference, estimate, 16000, extended))
         except RuntimeWarning:
             return float("nan")
 

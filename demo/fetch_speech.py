@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             fetch(out_dir)
     except (ValueError, OSError, subprocess.CalledProcessError) as error:
-        print(f"fetch_speech: {error}", file=sys.stderr)
+        print(f"fetch_speech: {error}; or {OWN_DATA}", file=sys.stderr)
         return 2
     return 0
 
@@ -59,7 +59,7 @@ def fetch(out_dir: Path) -> None:
     """
     for tool in ("apt-get", "dpkg"):
         if shutil.which(tool) is None:
-            raise ValueError(f"no {tool} on this system; {OWN_DATA}")
+            raise ValueError(f"no {tool} on this system")
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise ValueError(f"{out_dir}: is in the way and not from here (no metadata.csv); remove it")
     out_dir.parent.mkdir(parents=True, exist_ok=True)
@@ -75,22 +75,19 @@ def fetch(out_dir: Path) -> None:
     print(f"{out_dir}: {n_files} phrases in {len(SPLITS)} languages")
 
 
-def download(folder: Path) -> Path:
-    """The .deb file in `folder`, checked against the pinned hash; another version only warns."""
+def download(folder: Path, package: str = PACKAGE, file: str = PINNED_FILE, sha256: str = PINNED_SHA256) -> Path:
+    """The .deb file of a package in `folder`, checked against the pinned hash; another version only warns."""
     folder.chmod(0o755)  # apt drops to its own user
-    print(f"downloading {PACKAGE} (161 MB) with apt-get", flush=True)
-    if not _apt("download", PACKAGE, folder=folder):
-        _apt("update", folder=folder)
-        if not _apt("download", PACKAGE, folder=folder):
-            raise ValueError(f"apt-get could not download {PACKAGE}; is there a network? Or {OWN_DATA}")
-    package = next(folder.glob(f"{PACKAGE}_*.deb"))
-    sha256 = hashlib.sha256(package.read_bytes()).hexdigest()
-    if package.name != PINNED_FILE:
-        message = f"the mirror has {package.name}, not {PINNED_FILE}; figures may differ"
+    print(f"downloading {package} with apt-get", flush=True)
+    apt("download", package, folder=folder)
+    path = next(folder.glob(f"{package}_*.deb"))
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if path.name != file:
+        message = f"the mirror has {path.name}, not {file}; figures may differ"
         print(f"fetch_speech: warning: {message}", file=sys.stderr)
-    elif sha256 != PINNED_SHA256:
-        raise ValueError(f"{package.name}: sha256 {sha256}, expected {PINNED_SHA256}; try another mirror")
-    return package
+    elif found != sha256:
+        raise ValueError(f"{path.name}: sha256 {found}, expected {sha256}; try another mirror")
+    return path
 
 
 def lay_out(stamps: Path, out_dir: Path) -> int:
@@ -110,15 +107,34 @@ def lay_out(stamps: Path, out_dir: Path) -> int:
             shutil.move(source, out_dir / target)
             rows.append((target.as_posix(), language, split))
     if not rows:
-        raise ValueError(f"{PACKAGE} holds no spoken phrases any more; {OWN_DATA}")
+        raise ValueError(f"{PACKAGE} holds no spoken phrases any more")
     with open(out_dir / "metadata.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("path", "speaker", "split"), *rows])
     return len(rows)
 
 
-def _apt(*arguments: str, folder: Path) -> bool:
-    """Run apt-get quietly in a folder; whether it succeeded."""
-    return subprocess.run(["apt-get", "-qq", *arguments], cwd=folder, capture_output=True).returncode == 0
+def apt(*arguments: str, folder: Path) -> str:
+    """What apt-get says, run quietly in a folder; where it fails, run once more with fresh package lists.
+
+    The fresh lists lie in the folder as well: nobody has to be root.
+
+    Raises:
+        ValueError: it failed again.
+    """
+    result = _apt_get(*arguments, folder=folder)
+    if result.returncode:
+        lists = (folder / "apt_lists").resolve()
+        (lists / "partial").mkdir(parents=True, exist_ok=True)
+        options = ("-o", f"Dir::State::Lists={lists}", "-o", f"Dir::Cache={lists}")
+        _apt_get(*options, "update", folder=folder)
+        result = _apt_get(*options, *arguments, folder=folder)
+    if result.returncode:
+        raise ValueError(f"apt-get: {''.join(result.stderr.strip().splitlines()[-1:])}; is there a network?")
+    return result.stdout
+
+
+def _apt_get(*arguments: str, folder: Path) -> subprocess.CompletedProcess:
+    return subprocess.run(["apt-get", "-qq", *arguments], cwd=folder, capture_output=True, text=True)
 
 
 if __name__ == "__main__":

@@ -18,4 +18,4 @@ else
 fi
 run $BIN/python train_codec_gan.py --config configs/quickstart.yaml --run_dir "$RUN" --resume \
     --set "data.manifest=$SPEECH/manifest.jsonl"
-run $BIN/python demo/report.py "$RUN" "$SPEECH/manifest.jsonl"
+run $BIN/python evaluate_codec.py --checkpoint "$RUN" --manifest "$SPEECH/manifest.jsonl" --n_files 100 --out "$RUN/evaluation"

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from codec import metrics
+from codec.spectral import mel_filterbank
 
 
 @pytest.fixture
@@ -83,6 +84,38 @@ def test_mel_distance_stays_finite_in_silence(wav):
     assert metrics.mel_distance(wav, silence, 16000).isfinite().all()
 
 
+@pytest.mark.parametrize("metric", [metrics.multi_scale_mel_db, metrics.multi_scale_stft_db])
+@pytest.mark.parametrize("sample_rate", [8000, 16000, 22050, 48000])
+def test_multi_scale_distances_read_decibels_at_every_rate_and_in_silence(wav, metric, sample_rate):
+    assert (metric(wav, wav, sample_rate) == 0).all()
+    torch.testing.assert_close(metric(wav, wav / 2, sample_rate), torch.full((3,), 20 * math.log10(2)), rtol=0, atol=0.02)
+    silence = torch.zeros_like(wav)
+    assert (metric(silence, silence, sample_rate) == 0).all() and metric(wav, silence, sample_rate).isfinite().all()
+
+
+def test_multi_scale_distances_match_a_loop_over_frames_in_numpy(wav):
+    estimate = wav + 0.02 * torch.randn_like(wav)
+    pair = [x[0, 0].double().numpy()[:4000] for x in (wav, estimate)]
+    expected = {"mel": [], "stft": [], "no floor": []}
+    for n_fft, n_mels in ((128, 20), (256, 40), (512, 80), (1024, 160)):  # 8, 16, 32, 64 ms at 16 kHz
+        window = np.hanning(n_fft + 1)[:-1]
+        filters = mel_filterbank(16000, n_fft, n_mels).double().numpy()
+        spectra = []
+        for x in pair:
+            padded = np.pad(x, n_fft // 2, mode="reflect")
+            starts = range(0, len(padded) - n_fft + 1, n_fft // 4)
+            spectra.append(np.array([np.abs(np.fft.rfft(padded[i : i + n_fft] * window)) / window.sum() for i in starts]))
+        for name, floor, matrix in (("stft", 1e-4, np.eye(n_fft // 2 + 1)), ("mel", 1e-4, filters / filters.sum(0)),
+                                    ("no floor", 1e-12, np.eye(n_fft // 2 + 1))):  # fmt: skip
+            a, b = (20 * np.log10(np.maximum(spectrum @ matrix, floor)) for spectrum in spectra)
+            expected[name].append(np.abs(a - b).mean())
+    pair = [torch.tensor(x, dtype=torch.float32)[None, None] for x in pair]
+    measured = metrics.multi_scale_stft_db(*pair, 16000).item()
+    assert measured == pytest.approx(np.mean(expected["stft"]), rel=1e-3)
+    assert measured != pytest.approx(np.mean(expected["no floor"]), rel=1e-3)
+    assert metrics.multi_scale_mel_db(*pair, 16000).item() == pytest.approx(np.mean(expected["mel"]), rel=1e-3)
+
+
 def test_codebook_usage_knows_a_collapsed_and_a_uniform_codebook():
     collapsed, uniform = torch.full((2, 32), 5), torch.arange(64).view(2, 32) % 8
     used, perplexity = metrics.codebook_usage(torch.stack([collapsed, uniform], dim=1), codebook_size=16)
@@ -116,6 +149,14 @@ def test_pesq_and_stoi_prefer_the_better_sound():
     for metric in (metrics.pesq_wb, metrics.stoi):
         near, far = metric(batch, worse, 24000)
         assert near > far + 0.1
+
+
+def test_estoi_is_one_for_equals_and_stricter_than_stoi_on_noise():
+    pytest.importorskip("pystoi")
+    wav = speech_like(32000, 16000)
+    noisy = wav + 0.02 * torch.randn(wav.shape, generator=torch.Generator().manual_seed(0))
+    assert metrics.stoi(wav, wav, 16000, extended=True).item() == pytest.approx(1, abs=1e-3)
+    assert metrics.stoi(wav, noisy, 16000, extended=True) < metrics.stoi(wav, noisy, 16000) - 0.02
 
 
 def test_pesq_and_stoi_of_silence_or_of_a_moment_are_nan():

@@ -79,15 +79,6 @@ def test_the_benchmark_compares_recipes_of_one_size_and_one_bitrate():
     assert configs["telugu"].phases[0].steps == 78  # a twentieth, as of its 400,000
 
 
-def test_the_benchmark_sets_the_best_figure_of_a_column_in_bold():
-    low = {key: 0.5 for key in recipes.COLUMNS}
-    lines = recipes.table({"low": low, "high": {key: 2.0 for key in recipes.COLUMNS}}).splitlines()
-    cells = [dict(zip(recipes.COLUMNS, line.strip("| ").split(" | ")[1:])) for line in lines[2:]]
-    bold = [{key for key, text in row.items() if text.startswith("**")} for row in cells]
-    assert bold[0] == {"cpu_minutes", "mel_distance", "amplitude_ratio"}
-    assert bold[1] == {"snr_db", "stoi", "pesq_wb", "use_lowest", "use_mean"}
-
-
 # ----------------------------------------------------------------- DAC: sums, not means
 
 
