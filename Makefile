@@ -24,10 +24,14 @@ tools:
 
 eval: .venv/.eval tools
 
+# Compares with Opus where it can be had.
 demo: .venv/.ready
+	@$(PYTHON) demo/fetch_programs.py .tools opus-tools || true
 	BIN=$(BIN) DATA="$(DATA)" bash demo/run.sh
 
-test: eval
+# Tests of what could not be set up are skipped.
+test: .venv/.ready
+	-@$(MAKE) --no-print-directory eval
 	$(BIN)/python -m pytest -q tests
 
 lint: .venv/.ready

@@ -17,6 +17,7 @@ import math
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -31,24 +32,37 @@ import torch
 from tqdm import tqdm
 
 from codec import judges
+from codec.classical import CODECS
 from codec.delay import compensate, estimate_delay
 from codec.doctor import read_rows, render
 from codec.files import write_atomically
 from codec.health import History, diagnose
 from codec.judges import METRICS, POOLED
 from codec.ledger import Ledger, run_jobs
-from codec.measure import decode_died, decode_job, decoded_path, measure_died, measure_job, one_line
+from codec.measure import (
+    decode_died,
+    decode_job,
+    decoded_path,
+    how,
+    measure_died,
+    measure_job,
+    one_line,
+    split_measure,
+    version_of,
+    whole_decode,
+)
 from codec.page import Example, render_page
-from codec.preflight import snr_bound_db
+from codec.preflight import snr_bounds_db
 from codec.published import PUBLISHED
 from codec.report import compare, render_markdown
-from codec.summary import Figures, codebook_rows, group_means, interval, verdicts
+from codec.summary import Figures, codebook_rows, group_means, headline, interval, pooled_snr_db, verdicts
 from codec.systems import UNCODED, System, describe, distinct, measure_speed, neural_systems, open_neural, parse_against
 from codec.testset import Recording, read_test_set, read_wav
 
 MAX_DELAY_S = 0.1
 DELAY_CLIPS = 12  # recordings that a system's delay is estimated from
 SPEED_SECONDS = 10.0
+EXAMPLE_SECONDS = 8.0  # that the page lets one hear of a recording
 BOUND_SECONDS = 300.0  # of audio that the rate-distortion bound is computed from
 BOUND_KBPS = [round(0.5 * 2 ** (i / 4), 3) for i in range(37)]  # 0.5 to 256
 
@@ -82,29 +96,32 @@ def decode_all(plan: Plan, n_workers: int) -> None:
     for recording in plan.recordings:
         families: dict[str, list[System]] = {}
         for system in plan.systems:
-            if system.kind != "uncoded" and not plan.ledger.get("decode", system.key, recording.key):
+            row = plan.ledger.get("decode", system.key, recording.key)
+            if system.kind != "uncoded" and (row is None or row["error"]):
                 families.setdefault(system.family, []).append(system)
         jobs += [(group, recording, plan.rate, plan.cache) for group in families.values()]
-    run_jobs(decode_job, decode_died, jobs, plan.ledger, n_workers, "code")
+    jobs.sort(key=lambda job: plan.systems.index(job[0][0]))  # a worker opens one model after the other
+    run_jobs(decode_job, whole_decode, decode_died, jobs, plan.ledger, n_workers, "code")
 
 
 def find_delays(plan: Plan) -> dict[str, int]:
-    """Samples that each system's output comes late, from its longest recordings: a codec's delay is one for all files."""
+    """Samples that each output comes late, from the longest recordings; a file's own delay lies a few samples around it."""
     delays = {}
     for system in plan.systems:
         row = plan.ledger.get("delay", system.key)
         chosen = sorted(plan.decoded(system), key=lambda recording: (-recording.seconds, recording.key))[:DELAY_CLIPS]
-        if row is None and chosen:
+        keys = [recording.key for recording in chosen]
+        if chosen and (row is None or row["of"] != keys):
             pairs = [(read_wav(recording.path), plan.output(system, recording)) for recording in chosen]
             delay = estimate_delay(pairs, round(MAX_DELAY_S * plan.rate))
-            row = {"stage": "delay", "system": system.key, "key": "", "delay": delay}
+            row = {"stage": "delay", "system": system.key, "key": "", "delay": delay, "of": keys}
             plan.ledger.add(row)
         delays[system.name] = row["delay"] if row else 0
     return delays
 
 
 def measure_all(plan: Plan, delays: dict[str, int], asr_model: str | None, n_workers: int) -> None:
-    """Every metric of every output; a job is a recording and what it lacks. What failed once is not tried again."""
+    """Every metric of every output; a job is a recording and what it lacks. What failed before is tried again."""
     jobs = []
     for recording in plan.recordings:
         wanted = []
@@ -114,12 +131,13 @@ def measure_all(plan: Plan, delays: dict[str, int], asr_model: str | None, n_wor
                 continue
             row = plan.ledger.get("measure", system.key, recording.key)
             stale = row is None or row["delay"] != delays[system.name]
-            known = set() if stale else {*row["values"], *row["undefined"], *row["failed"]}
+            known = set() if stale else {metric for metric in {*row["values"], *row["undefined"]} & set(plan.metrics)
+                                         if row["how"].get(metric) == how(metric, recording, asr_model)}  # fmt: skip
             if set(plan.metrics) - known:
                 wanted.append((system, delays[system.name], frozenset(plan.metrics) - known))
         if wanted:
             jobs.append((wanted, recording, plan.rate, plan.cache, asr_model))
-    run_jobs(measure_job, measure_died, jobs, plan.ledger, n_workers, "measure")
+    run_jobs(measure_job, split_measure, measure_died, jobs, plan.ledger, n_workers, "measure")
 
 
 def time_all(plan: Plan) -> None:
@@ -129,9 +147,11 @@ def time_all(plan: Plan) -> None:
         if len(wav) < SPEED_SECONDS * plan.rate:
             wav = np.concatenate([wav, read_wav(recording.path)])
     wav = wav[: round(SPEED_SECONDS * plan.rate)]
-    systems = [s for s in plan.systems if s.kind != "uncoded" and not plan.ledger.get("speed", s.key)]
+    here, rows = machine(), {system: plan.ledger.get("speed", system.key) for system in plan.systems}
+    systems = [system for system, row in rows.items()
+               if system.kind != "uncoded" and (row is None or row["machine"] != here or "error" in row)]  # fmt: skip
     for system in tqdm(systems, desc="time", unit="system", disable=not systems):
-        row = {"stage": "speed", "system": system.key, "key": ""}
+        row = {"stage": "speed", "system": system.key, "key": "", "machine": here}
         for n_threads in (1,) if system.kind == "classical" else (1, 2):
             with ProcessPoolExecutor(1, get_context("spawn")) as pool:
                 try:
@@ -147,14 +167,14 @@ def time_all(plan: Plan) -> None:
 # ---------------------------------------------------------------------------------- what it comes to
 
 
-def summarise(plan: Plan, system: System, delay: int, bound_wavs: list[np.ndarray]) -> tuple[dict, Figures, np.ndarray | None]:
+def summarise(plan: Plan, system: System, delay: int) -> tuple[dict, Figures, np.ndarray | None]:
     """A system as results.json has it; its figures by file; how often it used each code."""
     blank = {"values": {}, "undefined": {}, "failed": {}}
     measured = [plan.ledger.get("measure", system.key, recording.key) or blank for recording in plan.recordings]
-    keys = [*plan.metrics, *sorted({key for pair in POOLED.values() for key in pair})]
+    keys = [*plan.metrics, *sorted({key for pair in POOLED.values() for key in pair}), "signal_energy", "error_energy"]
     figures = Figures({key: [row["values"].get(key) for row in measured] for key in keys}, POOLED)
     problems = list(find_problems(plan, system, measured))
-    means = {key: mean for key in plan.metrics if (mean := interval(figures.pairs(key)))}
+    means = {key: interval(figures.pairs(key)) or {"mean": None, "low": None, "high": None, "n": 0} for key in plan.metrics}
     for key, mean in means.items():
         mean |= {kind: sum(p["metric"] == key and p["kind"] == kind for p in problems) for kind in ("undefined", "failed")}
     kbps, counts = disk_kbps(plan, system), count_codes(plan, system)
@@ -162,12 +182,14 @@ def summarise(plan: Plan, system: System, delay: int, bound_wavs: list[np.ndarra
     speed = plan.ledger.get("speed", system.key) or {}
     row = {
         "name": system.name, "family": system.family, "kind": system.kind, "setting": system.setting,
-        "nominal_kbps": system.nominal_kbps or kbps, "kbps": kbps, "delay_ms": 1000 * delay / plan.rate, "means": means,
+        "nominal_kbps": system.nominal_kbps or kbps, "kbps": kbps,
+        "payload_kbps": disk_kbps(plan, system, "n_payload_bytes") if system.kind != "uncoded" else None,
+        "file_kbps": file_kbps(plan, system), "pooled_snr_db": pooled_snr_db(figures), "delay_ms": 1000 * delay / plan.rate,
+        "means": means,
         "groups": {kind: by_group(figures, plan.metrics, names) for kind, names in groups.items()},
         "values": {key: [row["values"].get(key) for row in measured] for key in keys},
         "problems": problems, "codebooks": [] if counts is None else codebook_rows(counts),
-        "speed": {key: value for key, value in speed.items() if key not in ("stage", "system", "key")},
-        "snr_bound_db": snr_bound_db(bound_wavs, plan.rate, kbps) if bound_wavs and system.kind != "uncoded" else None,
+        "speed": {key: value for key, value in speed.items() if key not in ("stage", "system", "key", "machine")},
     }  # fmt: skip
     return row, figures, counts
 
@@ -190,17 +212,25 @@ def find_problems(plan: Plan, system: System, measured: list[dict]) -> Iterator[
             found["failed"] = dict.fromkeys(plan.metrics, f"not coded: {decoded['error']}")
         for kind, reasons in found.items():
             for metric, why in reasons.items():
-                if metric in plan.metrics:
+                lossless = system.kind == "uncoded" and why.startswith("without limit")
+                if metric in plan.metrics and not lossless:
                     yield {"file": recording.clip.name, "metric": metric, "kind": kind, "why": why}
 
 
-def disk_kbps(plan: Plan, system: System) -> float:
-    """Bits of the files on disk per second of audio; of the uncoded audio, 16 bits a sample."""
+def disk_kbps(plan: Plan, system: System, which: str = "n_bytes") -> float:
+    """Bits of the files on disk per second of audio, or of the frames in them; of the uncoded audio, 16 bits a sample."""
     recordings = plan.decoded(system)
     if not recordings:
         return system.nominal_kbps or 16 * plan.rate / 1000
-    n_bytes = sum(plan.ledger.get("decode", system.key, recording.key)["n_bytes"] for recording in recordings)
+    n_bytes = sum(plan.ledger.get("decode", system.key, recording.key)[which] for recording in recordings)
     return 8 * n_bytes / sum(recording.seconds for recording in recordings) / 1000
+
+
+def file_kbps(plan: Plan, system: System) -> list[float | None]:
+    """Of each recording, on disk."""
+    rows = [plan.ledger.get("decode", system.key, recording.key) for recording in plan.recordings]
+    return [8 * row["n_bytes"] / recording.seconds / 1000 if row and not row["error"] else None
+            for row, recording in zip(rows, plan.recordings)]  # fmt: skip
 
 
 def count_codes(plan: Plan, system: System) -> np.ndarray | None:
@@ -229,13 +259,13 @@ def pick_examples(plan: Plan, delays: dict[str, int], n: int) -> list[Example]:
     for recording in sorted(plan.recordings, key=lambda recording: (abs(recording.seconds - 4), recording.key)):
         turns[recording.speaker] = turns.get(recording.speaker, 0) + 1
         order.append((turns[recording.speaker], len(order), recording))
-    coded = {system: plan.decoded(system) for system in plan.systems}
+    coded, longest = {system: plan.decoded(system) for system in plan.systems}, round(EXAMPLE_SECONDS * plan.rate)
     examples = []
     for _, _, recording in sorted(order)[:n]:
         reference = read_wav(recording.path)
-        outputs = {system.name: compensate(plan.output(system, recording), delays[system.name], len(reference))
+        outputs = {system.name: compensate(plan.output(system, recording), delays[system.name], len(reference))[:longest]
                    for system in plan.systems if recording in coded[system]}  # fmt: skip
-        clip = recording.clip
+        clip, reference = recording.clip, reference[:longest]
         examples.append(Example(clip.name, recording.speaker, clip.text or "", plan.rate, reference, outputs))
     return examples
 
@@ -256,6 +286,7 @@ def doctor_says(checkpoint: str) -> dict[str, str] | None:
 def notes(systems: list[System], rate: int) -> list[str]:
     """What a reader must know about sample rates."""
     rates = {system.family: open_neural(system.kind, system.source).sample_rate for system in systems if system.n_codebooks}
+    rates |= {system.family: hz for system in systems if system.kind == "classical" and (hz := CODECS[system.family].input_hz)}
     return [f"{family} works at {own} Hz, the recordings have {rate} Hz: "
             + (f"what lies above {own // 2} Hz is lost" if own < rate else "they were resampled for it, and back")
             for family, own in rates.items() if own != rate]  # fmt: skip
@@ -269,9 +300,9 @@ def files_csv(rows: list[dict], recordings: list[Recording], metrics: list[str])
     for index, recording in enumerate(recordings):
         name, speaker, language = recording.clip.name, recording.speaker, recording.clip.language or ""
         for row in rows:
-            values = [row["values"][metric][index] for metric in metrics]
+            values = [row["file_kbps"][index], *(row["values"][metric][index] for metric in metrics)]
             problems = [f"{p['metric']} {p['kind']}: {p['why']}" for p in row["problems"] if p["file"] == name]
-            writer.writerow([name, speaker, language, f"{recording.seconds:.3f}", row["name"], f"{row['kbps']:.3f}",
+            writer.writerow([name, speaker, language, f"{recording.seconds:.3f}", row["name"],
                              *("" if value is None else f"{value:.6g}" for value in values), "; ".join(problems)])  # fmt: skip
     return text.getvalue()
 
@@ -286,9 +317,17 @@ def machine() -> str:
 
 
 def commit() -> str:
-    """Of this code; "" where git does not know."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    """Of this code, with + where it was changed since; "" where git does not know."""
+    if shutil.which("git") is None:
+        return ""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+"]
     return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+
+def versions() -> dict[str, str]:
+    """Of every package that a metric comes from."""
+    packages = sorted({metric.package for metric in METRICS.values()} - {""})
+    return {package: version for package in packages if (version := version_of(package))}
 
 
 # --------------------------------------------------------------------------------------------- main
@@ -313,23 +352,29 @@ def evaluate(options: argparse.Namespace) -> dict:
     wanted = [key for key in METRICS if key in (options.metrics or METRICS) and key not in options.without]
     described = {key: METRICS[key]._asdict() | {"absent": judges.absent(key, options.asr_model)} for key in wanted}
     metrics = [key for key in wanted if not described[key]["absent"]]
+    if set(metrics) & set(judges.WhisperJudge.metrics):
+        judges.open_judges({"wer"}, rate, options.asr_model)  # says at once what is wrong with it
     cache = options.out / "cache"
     plan = Plan(systems, recordings, rate, metrics, cache, Ledger(cache / "done.jsonl"))
 
     # the work, each piece once
-    decode_all(plan, options.workers)
+    workers = max(options.workers, 1)
+    decode_all(plan, workers)
     delays = find_delays(plan)
-    measure_all(plan, delays, options.asr_model, options.workers)
+    measure_all(plan, delays, options.asr_model, workers)
     if not options.no_speed:
         time_all(plan)
 
     # what it comes to
     wavs = some_audio(recordings)
-    summaries = [summarise(plan, system, delays[system.name], wavs) for system in systems]
+    summaries = [summarise(plan, system, delays[system.name]) for system in systems]
     rows = [row for row, _, _ in summaries]
     figures = {row["name"]: own for row, own, _ in summaries}
     code_counts = {row["name"]: counts for row, _, counts in summaries if counts is not None}
-    bound = {"kbps": BOUND_KBPS, "bound_db": [snr_bound_db(wavs, rate, kbps) for kbps in BOUND_KBPS] if wavs else []}
+    found = verdicts(rows, figures, described)
+    bounds = snr_bounds_db(wavs, rate, BOUND_KBPS + [row["kbps"] for row in rows]) if wavs else []
+    for row, bound in zip(rows, bounds[len(BOUND_KBPS) :]):
+        row["snr_bound_db"] = bound if row["kind"] != "uncoded" else None
     results = {
         "format": 1,
         "title": systems[0].family,
@@ -337,6 +382,7 @@ def evaluate(options: argparse.Namespace) -> dict:
         "command": shlex.join(["python", "evaluate_codec.py", *options.arguments]),
         "machine": machine(),
         "commit": commit(),
+        "versions": versions(),
         "model": describe(options.checkpoint),
         "test_set": {
             "manifest": str(options.manifest),
@@ -352,17 +398,21 @@ def evaluate(options: argparse.Namespace) -> dict:
         },
         "metrics": described,
         "systems": rows,
-        "verdicts": verdicts(rows, figures, described),
-        "rate_distortion": bound,
+        "headline": headline(found),
+        "verdicts": found,
+        "rate_distortion": {"kbps": BOUND_KBPS, "bound_db": bounds[: len(BOUND_KBPS)]},
         "doctor": doctor_says(options.checkpoint),
         "published": PUBLISHED,
     }
     examples = pick_examples(plan, delays, options.examples)
-    page = render_page(results, examples, code_counts, audio=not options.no_audio)
-    write_atomically(options.out / "files.csv", files_csv(rows, recordings, metrics))
-    write_atomically(options.out / "report.md", render_markdown(results))
-    write_atomically(options.out / "report.html", page)
-    write_atomically(options.out / "results.json", json.dumps(results, allow_nan=False) + "\n")
+    contents = {
+        "files.csv": files_csv(rows, recordings, metrics),
+        "report.md": render_markdown(results),
+        "report.html": render_page(results, examples, code_counts, audio=not options.no_audio),
+        "results.json": json.dumps(results, allow_nan=False) + "\n",
+    }
+    for name, text in contents.items():
+        write_atomically(options.out / name, text)
     return results
 
 
@@ -376,17 +426,17 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     add("--against", default="", help="comma-separated: opus, codec2, speex (at bitrates near the checkpoint's, or opus@6+12), "
         "another run, hf:ID of an EnCodec, DAC or Mimi")  # fmt: skip
     add("--codebooks", type=numbers, default=[], metavar="N,...", help="bitrates of the checkpoint (default: as trained)")
-    add("--n_files", type=int, default=0, help="judge a seeded choice of so many recordings (default: all)")
+    add("--n_files", type=count, default=0, help="judge a seeded choice of so many recordings (default: all)")
     add("--seed", type=int, default=0, help="of that choice")
     add("--metrics", type=metric_names, default=[], metavar="NAME,...", help="only these (default: all that can be computed)")
     add("--without", type=metric_names, default=[], metavar="NAME,...", help="not these")
     add("--transcripts", help='JSONL of {"path", "text"[, "language"]}: what was said, for wer and cer')
     add("--asr_model", help="folder of a Whisper model for faster-whisper, or a name that it downloads, such as base")
     add("--language", help="for the recogniser, such as te (default: the transcripts', the manifest's, or detected)")
-    add("--examples", type=int, default=4, help="recordings to listen to in report.html (default: 4)")
+    add("--examples", type=count, default=4, help="recordings to listen to in report.html (default: 4)")
     add("--no_audio", action="store_true", help="report.html without players, for recordings that must not be passed on")
     add("--no_speed", action="store_true", help="no real-time factors")
-    add("--workers", type=int, default=os.cpu_count() or 1, help="processes, of one thread each (default: one a core)")
+    add("--workers", type=count, default=os.cpu_count() or 1, help="processes, of one thread each (default: one a core)")
     add("--compare", nargs=2, type=Path, metavar="JSON", help="paired differences of two evaluations, and nothing else")
     options = parser.parse_args(arguments)
     options.arguments = arguments
@@ -394,6 +444,13 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     if lacking and not options.compare:
         parser.error(f"{', '.join(lacking)} missing; or --compare A.json B.json")
     return options
+
+
+def count(text: str) -> int:
+    """A whole number from 0 on."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a whole number from 0 on")
+    return int(text)
 
 
 def numbers(text: str) -> list[int]:
@@ -435,6 +492,9 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             print(render_markdown(evaluate(options)))
             print(f"Look and listen: {options.out / 'report.html'}")
+    except KeyboardInterrupt:
+        print("evaluate_codec: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
     except (ValueError, OSError) as error:
         print(f"evaluate_codec: {error}", file=sys.stderr)
         return 2

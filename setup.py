@@ -20,6 +20,7 @@ setup(
         "pyyaml>=6.0",
         "safetensors>=0.4.3",
         "tqdm>=4.66",
+        "pillow>=10.0",
     ],
     extras_require={
         "align": ["faster-whisper>=1.2"],

@@ -5,6 +5,7 @@ A program is taken from $PATH, else from .tools/ at the project's root, where de
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
@@ -77,6 +78,14 @@ def rates(codec: str, around: list[float]) -> list[float]:
 def find_program(name: str) -> str | None:
     """Path of a program on $PATH or in .tools/, whose starters know their libraries; None where there is none."""
     return shutil.which(name) or shutil.which(name, path=TOOLS)
+
+
+def fingerprint(codec: str) -> str:
+    """16 hex digits of its programs and of this file: what others coded is not used again."""
+    digest = hashlib.sha256(Path(__file__).read_bytes())
+    for program in CODECS[codec].programs:
+        digest.update(Path(find_program(program)).read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def missing(codec: str) -> str:

@@ -30,6 +30,17 @@ def estimate_delay(pairs: list[tuple[np.ndarray, np.ndarray]], max_samples: int)
     return HOP * _clear_peak(_average_correlation(envelopes, max_samples // HOP))
 
 
+def refine_delay(wav: np.ndarray, wav_hat: np.ndarray, delay: int, reach: int) -> int:
+    """The delay of one file, at most `reach` samples from its system's: Opus changes its own by a sample with its mode.
+
+    Returns:
+        `delay` where another is not clearly better, or where no waveform is kept.
+    """
+    moved = compensate(wav_hat, delay, len(wav))
+    correlation = _average_correlation([(wav, moved)], reach)
+    return delay + _clear_peak(correlation) if correlation.max() >= WAVEFORM_KEPT else delay
+
+
 def compensate(wav_hat: np.ndarray, delay: int, n_samples: int) -> np.ndarray:
     """Move decoded audio earlier by its delay and bring it to a length, with zeros where there is nothing.
 

@@ -227,6 +227,8 @@ class SignalJudge:
             "si_sdr_db": flat if is_flat else _or_reason(metrics.si_sdr_db(kept, output).item(), flat),
             "amplitude_ratio": _or_reason(metrics.amplitude_ratio(kept, output).item(), silent),
             "dc_offset": metrics.dc_offset(output).item(),
+            "signal_energy": kept.square().sum().item(),
+            "error_energy": (output - kept).square().sum().item(),
         }
 
 

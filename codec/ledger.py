@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -45,45 +47,58 @@ class Ledger:
         name = (row["stage"], row["system"], row["key"])
         old = self.rows.get(name, {})
         if row["stage"] == "measure" and old.get("delay") == row["delay"]:
-            row = row | {kind: old[kind] | row[kind] for kind in ("values", "undefined", "failed")}
+            new = {*row["values"], *row["undefined"], *row["failed"]}
+            for kind in ("values", "undefined", "failed", "how"):
+                row = row | {kind: {key: value for key, value in old[kind].items() if key not in new} | row[kind]}
         self.rows[name] = row
 
 
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 Rows = Callable[..., list[dict]]
 
 
-def run_jobs(function: Rows, dead: Rows, jobs: list[tuple], ledger: Ledger, n_workers: int, title: str) -> None:
-    """`function(*job)` in processes of one torch thread; its rows go to the ledger as they come.
+def run_jobs(
+    function: Rows, split: Callable[..., list[tuple]], dead: Rows, jobs: list[tuple], ledger: Ledger, n_workers: int, title: str
+) -> None:
+    """`function(*job)` in processes of one thread; its rows go to the ledger as they come.
 
     Args:
-        dead: `dead(*job)` are the rows of a job that takes its process with it, as a crash in a metric's C code does; it was
-            tried twice, the second time alone.
+        split: `split(*job)` are the parts of a job that took its process with it, as a crash in a metric's C code does.
+        dead: `dead(*part)` are the rows of a part that did so alone.
+    Raises:
+        what `function` raises; jobs that have not begun are left.
     """
+    os.environ |= dict.fromkeys(THREADS, "1")  # of the workers: those of NumPy and others would fight over the cores
     bar = tqdm(total=len(jobs), desc=title, unit="job", disable=not jobs)
     while jobs:
         left = _run_pool(function, jobs, n_workers, ledger, bar)
         for job in left[:n_workers]:  # a pool hands out jobs in order: it was one of these
-            if _run_pool(function, [job], 1, ledger, bar):
-                for row in dead(*job):
-                    ledger.add(row)
-                bar.update()
+            for part in split(*job):
+                if _run_pool(function, [part], 1, ledger):
+                    for row in dead(*part):
+                        ledger.add(row)
+            bar.update()
         jobs = left[n_workers:]
     bar.close()
 
 
-def _run_pool(function: Callable, jobs: list[tuple], n_workers: int, ledger: Ledger, bar: tqdm) -> list[tuple]:
+def _run_pool(
+    function: Callable, jobs: list[tuple], n_workers: int, ledger: Ledger, bar: tqdm | None = None
+) -> list[tuple]:
     """Run jobs; those that were not done because a process died, in order."""
     done: set[int] = set()
     context = get_context("spawn")  # forking a process whose torch has threads can hang
     with ProcessPoolExecutor(min(n_workers, len(jobs)), context, torch.set_num_threads, (1,)) as pool:
         futures: dict[Future, int] = {pool.submit(function, *job): number for number, job in enumerate(jobs)}
-        for future in as_completed(futures):
-            try:
-                rows = future.result()
-            except BrokenProcessPool:
-                continue
-            for row in rows:
-                ledger.add(row)
-            done.add(futures[future])
-            bar.update()
+        try:
+            for future in as_completed(futures):
+                with contextlib.suppress(BrokenProcessPool):
+                    for row in future.result():
+                        ledger.add(row)
+                    done.add(futures[future])
+                    if bar:
+                        bar.update()
+        except BaseException:  # Ctrl-C, or what no later job would do better
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     return [job for number, job in enumerate(jobs) if number not in done]

@@ -22,17 +22,19 @@ from codec.figures import (
     sound,
     spectrogram_picture,
 )
-from codec.summary import SAME_RATE
+from codec.report import ARROWS
+from codec.summary import MIN_FILES, SAME_RATE
 
-ARROWS = {"higher": "↑", "lower": "↓", "one": "→ 1", "zero": "→ 0"}
+LIKE_RATE = 1.5  # a codec that spends more than so many times another's rate is no rival at that rate
 GOOD = {"higher": "higher is better", "lower": "lower is better", "one": "best at 1", "zero": "best at 0"}
 SIDES = (("good", "▲", "better", "better"), ("bad", "▼", "worse", "worse"), ("even", "≈", "even", "not told apart"))
 NO_AUDIO = "The recordings are left out of this copy: they are not ours to pass on. Run the command at the end to hear them."
-BOUND_ABOUT = ("The bound is reverse water-filling: the components of this audio taken as Gaussian, their spectral envelopes "
-               "given away free; only a codec that predicts the pitch well could come above it. A codec may sound good far "
-               "below: ears forgive a wrong phase, this ratio does not.")  # fmt: skip
-EMPTY = {"title": "codec", "model": {}, "test_set": {}, "metrics": {}, "systems": [], "verdicts": [], "rate_distortion": {},
-         "doctor": {}, "published": [], "command": ""}  # fmt: skip
+BOUND_ABOUT = ("The bound is of codecs that do not predict the pitch: it takes the components of this audio as Gaussian, and "
+               "gives their spectral envelopes away free (reverse water-filling).")  # fmt: skip
+BELOW_BOUND = "A codec may sound good far below the bound: ears forgive a wrong phase, this ratio does not."
+PAYLOAD_ABOUT = "coded frames alone, without file headers; on short files the header is a large part of the kbps on disk"
+EMPTY = {"title": "codec", "headline": [], "model": {}, "test_set": {}, "metrics": {}, "systems": [], "verdicts": [],
+         "rate_distortion": {}, "doctor": {}, "published": [], "command": "", "versions": {}}  # fmt: skip
 
 
 class Example(NamedTuple):
@@ -59,25 +61,25 @@ def render_page(results: dict, examples: list[Example], code_counts: dict[str, n
     """
     results = EMPTY | {key: value for key, value in results.items() if value is not None}
     sections = {
-        "curves": ("Quality over bitrate", _curves(results)),
-        "table": ("All numbers", _scores(results)),
-        "listen": ("Listen and look", _examples(results, examples, audio)),
-        "codes": ("Codebook use", _codebooks(results, code_counts)),
-        "worst": ("Worst files", _worst(results)),
-        "bound": ("Why not 30 dB", _bound(results)),
-        "groups": ("By speaker and language", _groups(results)),
-        "speed": ("Speed and memory", _speed(results)),
-        "doctor": ("Doctor", _doctor(results)),
-        "published": ("Published numbers", _published(results)),
-        "reproduce": ("How to reproduce", _reproduce(results)),
+        "curves": ("Curves", "Quality over bitrate", _curves(results)),
+        "table": ("Table", "All numbers", _scores(results)),
+        "listen": ("Listen", "Listen and look", _examples(results, examples, audio)),
+        "codes": ("Codes", "Codebook use", _codebooks(results, code_counts)),
+        "worst": ("Worst", "Worst files", _worst(results)),
+        "bound": ("30 dB", "Why not 30 dB", _bound(results)),
+        "groups": ("Groups", "By speaker and language", _groups(results)),
+        "speed": ("Speed", "Speed and memory", _speed(results)),
+        "doctor": ("Doctor", "Doctor", _doctor(results)),
+        "published": ("Published", "Published numbers", _published(results)),
+        "reproduce": ("Reproduce", "How to reproduce", _reproduce(results)),
     }
-    sections = {key: section for key, section in sections.items() if section[1]}
-    links = "".join(f'<a href="#{key}" title="{title}">{key.capitalize()}</a>' for key, (title, _) in sections.items())
+    sections = {key: (link, title, html) for key, (link, title, html) in sections.items() if html}
+    links = "".join(f'<a href="#{key}" title="{title}">{link}</a>' for key, (link, title, _) in sections.items())
     body = "\n".join([
-        f"<header><h1>{escape(results['title'])}</h1>{_tested(results)}</header>",
+        f"<header><h1>{escape(results['title'])}</h1>{_tested(results)}{_headline(results)}{_limits(results)}</header>",
         f'<nav aria-label="Sections"><div><a href="#verdicts">Verdict</a>{links}</div></nav>',
         f'<main><section id="verdicts" aria-label="Verdict">{_verdicts(results)}</section>',
-        *(f'<section id="{key}"><h2>{title}</h2>{html}</section>' for key, (title, html) in sections.items()),
+        *(f'<section id="{key}"><h2>{title}</h2>{html}</section>' for key, (_, title, html) in sections.items()),
         "</main>",
     ])  # fmt: skip
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
@@ -102,6 +104,21 @@ def _tested(results: dict) -> str:
             f"{escape(', '.join(filter(None, on)))}.</p>")  # fmt: skip
 
 
+def _headline(results: dict) -> str:
+    """The answer in words: better or worse than what, at which rate."""
+    return "".join(f'<p class="lead">{escape(sentence)}</p>' for sentence in results["headline"])
+
+
+def _limits(results: dict) -> str:
+    """What a reader must know of the test set before the numbers, and which files were left out."""
+    test_set = results["test_set"]
+    notes = "".join(f"<li>{escape(note)}</li>" for note in test_set.get("notes") or [])
+    skipped = [f"<li>{escape(entry['file'])}: {escape(entry['why'])}</li>" for entry in test_set.get("skipped") or []]
+    left_out = f"{len(skipped)} file{'s' * (len(skipped) > 1)} left out"
+    return ((f'<ul class="notes soft">{notes}</ul>' if notes else "")
+            + (f'<details><summary>{left_out}</summary><ul class="notes">{"".join(skipped)}</ul></details>' if skipped else ""))
+
+
 def _join(first: object, words: str, second: object) -> str:
     return f"{first}{words}{second}" if first and second else ""
 
@@ -116,31 +133,39 @@ def _verdicts(results: dict) -> str:
         rivals.setdefault(verdict["against"], []).append(_verdict(results, verdict, opened))
     parts = [f'<div class="rival{" many" * (len(cards) > 1)}"><h2>Against {escape(rival)}</h2>'
              f'<div class="cards">{"".join(cards)}</div></div>' for rival, cards in rivals.items()]  # fmt: skip
-    how = "Differences: ours minus theirs, paired over the files, with 95 % intervals; not told apart: the interval holds 0."
+    how = ("Differences: ours minus theirs, paired over the files, with 95 % intervals; not told apart: the interval holds 0. "
+           "Files of one speaker are not independent: with few speakers the intervals are too narrow. With fewer than "
+           f"{MIN_FILES} files nothing is told apart.")  # fmt: skip
     return f'<div class="rivals">{"".join(parts)}</div><p class="soft"><small>{how}</small></p>'
 
 
 def _verdict(results: dict, verdict: dict, opened: bool) -> str:
     """One card: who against whom at which rates, three counts, the differences."""
-    counts = "".join(f'<div class="{kind}"><b>{len(verdict.get(side) or [])}</b> {sign} {words}</div>'
-                     for kind, sign, side, words in SIDES)
-    tags = "".join(_tag(results, verdict, key, kind, sign) for kind, sign, side, _ in SIDES for key in verdict.get(side) or [])
-    return (f'<article class="card"><h3>{escape(verdict["ours"])} against {escape(verdict["theirs"])}</h3>'
-            f'{_rates(results, verdict)}<div class="counts">{counts}</div>'
+    sides = [(kind, sign, words, verdict.get(side) or []) for kind, sign, side, words in SIDES]
+    counts = "".join(f'<div class="{kind if keys else "none"}"><b>{len(keys)}</b> {sign} {words}</div>'
+                     for kind, sign, words, keys in sides)
+    tags = "".join(_tag(results, verdict, key, kind, sign) for kind, sign, _, keys in sides for key in keys)
+    unlike, rates = _rates(results, verdict)
+    return (f'<article class="card{" unlike" * unlike}"><h3>{escape(verdict["ours"])} against {escape(verdict["theirs"])}</h3>'
+            f'{rates}<div class="counts">{counts}</div>'
             f'<details{" open" if opened else ""}><summary>Differences</summary><ul class="tags">{tags}</ul></details>'
             "</article>")  # fmt: skip
 
 
-def _rates(results: dict, verdict: dict) -> str:
-    """What both spend: a verdict at another rate is another verdict."""
+def _rates(results: dict, verdict: dict) -> tuple[bool, str]:
+    """Whether the rates are too unlike for a fair comparison, and what both spend, in words."""
     rates = {system["name"]: system.get("kbps") for system in results["systems"]}
     ours, theirs = rates.get(verdict["ours"]), rates.get(verdict["theirs"])
     if not ours or not theirs:
-        return ""
+        return False, ""
     ratio = max(ours, theirs) / min(ours, theirs)
-    spender = escape(verdict["ours"] if ours > theirs else verdict["theirs"])
-    words = "the same rate" if ratio <= SAME_RATE else f"{spender} spends {ratio:.1f} times as much"
-    return f'<p class="soft">{ours:.3g} against {theirs:.3g} kbps on disk: <b>{words}</b></p>'
+    more = f"{ratio:.1f} times as much" if ratio >= 2 else f"{100 * (ratio - 1):.0f} % more"
+    words = f"{escape(verdict['ours'] if ours > theirs else verdict['theirs'])} spends {more}"
+    if ratio > LIKE_RATE:
+        words += ", so this does not compare them at one rate"
+    elif ratio <= SAME_RATE:
+        words = "the same rate"
+    return ratio > LIKE_RATE, f'<p class="soft">{ours:.3g} against {theirs:.3g} kbps on disk: <b>{words}</b></p>'
 
 
 def _tag(results: dict, verdict: dict, key: str, kind: str, sign: str) -> str:
@@ -209,22 +234,23 @@ def _legend(results: dict) -> str:
 def _scores(results: dict) -> str:
     """The table of everything, its footnotes, and what is absent."""
     systems, metrics = results["systems"], results["metrics"]
-    keys = [key for key in metrics if any(_mean(system, key) for system in systems)]
-    absent = [f"<li>{escape(metric['title'])}: {escape(metric.get('absent') or 'no system has it')}</li>"
-              for key, metric in metrics.items() if key not in keys]  # fmt: skip
+    keys = list(_with_values(results))
+    absent = [f"<li>{escape(metric['title'])}: {escape(metric['absent'])}</li>"
+              for metric in metrics.values() if metric.get("absent")]  # fmt: skip
     best = {key: _best(systems, key, metrics[key]) for key in keys}
     heads = ['<th scope="col" data-first="ascending"><button>system</button></th>',
              '<th scope="col" data-first="ascending"><button>kbps</button><small>on disk</small></th>',
+             f'<th scope="col" data-first="ascending" title="{PAYLOAD_ABOUT}"><button>payload</button><small>kbps</small></th>',
              '<th scope="col" data-first="ascending"><button>delay</button><small>ms</small></th>',
              *(_head(metrics[key]) for key in keys)]  # fmt: skip
     rows = [_row(system, keys, metrics, best) for system in systems]
-    notes = [note for key in keys if (note := _note(systems, key, metrics[key]))]
+    notes = [_note(results, key, metric, key in keys) for key, metric in metrics.items() if not metric.get("absent")]
     caption = "Means with 95 % intervals. ★ best of the coded systems at any rate. Press a heading to sort, best first."
     return (
         '<div class="wide" tabindex="0" role="region" aria-label="Table of all numbers"><table class="sortable">'
         f"<caption><span>{caption}</span></caption><thead><tr>{''.join(heads)}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
         + (f"<h3>Not measured here</h3><ul>{''.join(absent)}</ul>" if absent else "")
-        + (f"<h3>Files without a value</h3><ul>{''.join(notes)}</ul>" if notes else "")
+        + (f"<h3>Files without a value</h3><ul>{''.join(notes)}</ul>" if any(notes) else "")
         + f'<details><summary>What the metrics mean</summary><dl class="facts">{_meanings(metrics)}</dl></details>'
     )
 
@@ -238,7 +264,7 @@ def _head(metric: dict) -> str:
 
 def _row(system: dict, keys: list[str], metrics: dict, best: dict[str, float | None]) -> str:
     cells = [f'<td data-value="{_sortable(value)}">{_number(value, {})}</td>'
-             for value in (system.get("kbps"), system.get("delay_ms"))]  # fmt: skip
+             for value in (system.get("kbps"), system.get("payload_kbps"), system.get("delay_ms"))]  # fmt: skip
     for key in keys:
         mean, metric = _mean(system, key), metrics[key]
         value = _distance(mean.get("mean"), metric)
@@ -270,21 +296,33 @@ def _rounded(value: float, metric: dict) -> float:
     return round(value, metric.get("digits", 2))
 
 
-def _note(systems: list[dict], key: str, metric: dict) -> str:
-    """Why files have no value of a metric: reason, then which files of which systems."""
+def _note(results: dict, key: str, metric: dict, shown: bool) -> str:
+    """Why files have no value of a metric: reason, then which systems' files; shown: it has a column all the same."""
     reasons: dict[tuple[str, str], dict[str, list[str]]] = {}
-    for system in systems:
+    for system in results["systems"]:
         for problem in system.get("problems") or []:
             if problem["metric"] == key:
                 files = reasons.setdefault((problem["kind"], problem["why"]), {})
                 files.setdefault(problem["file"], []).append(system["name"])
     lines = []
     for (kind, why), files in reasons.items():
-        named = [f"{file} ({'all systems' if len(names) == len(systems) else ', '.join(names)})"
-                 for file, names in files.items()]  # fmt: skip
-        more = f" and {len(named) - 5} more" if len(named) > 5 else ""
-        lines.append(f"<li>{escape(kind)}: {escape(why)}: {escape('; '.join(named[:5]))}{more}</li>")
-    return f'<li id="note-{key}">{escape(metric["title"])}<ul>{"".join(lines)}</ul></li>' if lines else ""
+        groups: dict[str, list[str]] = {}
+        for file, names in files.items():
+            who = "all systems" if len(names) == len(results["systems"]) else ", ".join(names)
+            groups.setdefault(who, []).append(file)
+        where = "; ".join(f"{who}, {_some(names, results['test_set'])}" for who, names in groups.items())
+        lines.append(f"<li>{escape(f'{kind}: {why}: {where}')}</li>")
+    if not lines and shown:
+        return ""
+    title = escape(metric["title"]) + ("" if shown else ": no value for any system")
+    return f'<li id="note-{key}">{title}<ul>{"".join(lines)}</ul></li>'
+
+
+def _some(names: list[str], test_set: dict) -> str:
+    """A few of these files, and how many more."""
+    if len(names) > 1 and len(names) == len(test_set.get("files") or []):
+        return "all files"
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _meanings(metrics: dict) -> str:
@@ -354,7 +392,7 @@ def _codebooks(results: dict, code_counts: dict[str, np.ndarray]) -> str:
 
 
 def _worst(results: dict) -> str:
-    if not any(any((system.get("values") or {}).values()) for system in results["systems"]):
+    if not _with_values(results) or not any(any((system.get("values") or {}).values()) for system in results["systems"]):
         return ""
     choices = (_select("worst-metric", "Metric", _metric_titles(results))
                + _select("worst-system", "System", [system["name"] for system in results["systems"]]))  # fmt: skip
@@ -365,7 +403,7 @@ def _worst(results: dict) -> str:
 def _groups(results: dict) -> str:
     groups = [system.get("groups") or {} for system in results["systems"]]
     kinds = [kind for kind in ("speaker", "language") if any(group.get(kind) for group in groups)]
-    if not kinds:
+    if not kinds or not _with_values(results):
         return ""
     choices = _select("groups-metric", "Metric", _metric_titles(results)) + _select("groups-kind", "By", kinds, kinds)
     return f"{choices}{_script_table('groups-table', 'Means over the files of each.')}"
@@ -385,14 +423,14 @@ def _select(name: str, label: str, titles: list[str], values: list[str] | None =
 
 
 def _metric_titles(results: dict) -> list[str]:
-    return [metric["title"] for metric in results["metrics"].values()]
+    return [metric["title"] for metric in _with_values(results).values()]
 
 
 def _data(results: dict, examples: list[Example]) -> dict:
     """What the page's script reads."""
     test_set = results["test_set"]
     metrics = [{"key": key, "title": metric["title"], "better": metric.get("better") or "higher",
-                "digits": metric.get("digits", 2)} for key, metric in results["metrics"].items()]  # fmt: skip
+                "digits": metric.get("digits", 2)} for key, metric in _with_values(results).items()]  # fmt: skip
     systems = [{"name": system["name"], "values": system.get("values") or {}, "groups": system.get("groups") or {}}
                for system in results["systems"]]  # fmt: skip
     return {
@@ -415,17 +453,25 @@ def _bound(results: dict) -> str:
         return ""
     at_6, for_30 = float(np.interp(6.0, kbps, bound_db)), float(np.interp(30.0, bound_db, kbps))
     needed = f"{for_30:.0f} kbps" if bound_db[-1] >= 30 else f"more than {kbps[-1]:.0f} kbps"
-    answer = " So 30 dB at 6 kbps are out of reach, whatever the network." if at_6 < 30 else ""
-    points = _points(results, "snr_db")
-    chart = bound_chart("SNR over bitrate; arrow keys read the points", kbps, bound_db, points)
+    answer = " For such codecs 30 dB at 6 kbps are out of reach." if at_6 < 30 else ""
     one, bounds = {"digits": 1}, {system["name"]: system.get("snr_bound_db") for system in results["systems"]}
+    points = _pooled_points(results)
+    chart = bound_chart("SNR over bitrate; arrow keys read the points", kbps, bound_db, points)
     rows = [[escape(point.name), _number(point.kbps, {}), _number(point.mean, one), _number(bounds[point.name], one)]
             for line in points.values() for point in line]  # fmt: skip
-    table = _table("SNR of each system, mean over files, and the bound at its rate, over all files.",
+    table = _table("SNR of each system and the bound at its rate, both over the energy of all files.",
                    ["system", "kbps", "SNR, dB", "bound, dB"], rows) if rows else ""  # fmt: skip
     return (f"<p>At 6 kbps the bound on the signal-to-noise ratio of these recordings is <b>{at_6:.1f} dB</b>, and 30 dB take "
-            f"<b>{needed}</b>.{answer} {BOUND_ABOUT}</p>{_legend(results)}"
+            f"<b>{needed}</b>. {BOUND_ABOUT}{answer} {BELOW_BOUND}</p>{_legend(results)}"
             f'<figure class="curves">{chart}<output>SNR in dB; thick: the bound</output></figure>{table}')  # fmt: skip
+
+
+def _pooled_points(results: dict) -> dict[str, list[Point]]:
+    """One ratio over all files, as the bound is: family -> points, without intervals."""
+    return {family: [Point(system["name"], system["kbps"], snr_db, snr_db, snr_db, f"{_number(snr_db, {'digits': 1})} dB")
+                     for system in systems
+                     if _finite(snr_db := system.get("pooled_snr_db")) and (system.get("kbps") or 0) > 0]
+            for family, systems in _families(results).items()}  # fmt: skip
 
 
 def _speed(results: dict) -> str:
@@ -437,8 +483,12 @@ def _speed(results: dict) -> str:
             rows.append([escape(system["name"]), *(_number(speed.get(key), {"digits": 3}) for key in keys),
                          _number(speed.get("peak_mb"), {"digits": 0})])  # fmt: skip
     caption = ("Seconds of work per second of audio: below 1 is faster than real time. Classical codecs: processor seconds of "
-               "their programs.")  # fmt: skip
-    return _table(caption, ["system", *keys.values(), "peak memory, MB"], rows) if rows else ""
+               "their programs. Peak memory is of the whole process: of neural codecs with Python and torch, of classical ones "
+               "the program alone.")  # fmt: skip
+    errors = "".join(f"<li>{escape(system['name'])}: {escape(error)}</li>" for system in results["systems"]
+                     if (error := (system.get("speed") or {}).get("error")))  # fmt: skip
+    table = _table(caption, ["system", *keys.values(), "peak memory, MB"], rows) if rows else ""
+    return table + (f"<h3>Not timed to the end</h3><ul>{errors}</ul>" if errors else "")
 
 
 def _doctor(results: dict) -> str:
@@ -470,23 +520,21 @@ def _link(url: str, words: str) -> str:
 
 
 def _reproduce(results: dict) -> str:
-    model, test_set = results["model"], results["test_set"]
-    facts = {"made": results.get("created"), "machine": results.get("machine"), "commit": results.get("commit"),
-             "checkpoint": model.get("checkpoint"), "frames per second": model.get("frame_rate_hz"),
-             "bitrates, kbps": model.get("kbps"), "manifest": test_set.get("manifest"), "split": test_set.get("split"),
-             "judged at, Hz": test_set.get("sample_rate")}  # fmt: skip
-    listed = "".join(f"<dt>{key}</dt><dd>{escape(_plain(value))}</dd>" for key, value in facts.items() if value)
-    notes = "".join(f"<li>{escape(note)}</li>" for note in test_set.get("notes") or [])
-    skipped = [[escape(entry["file"]), escape(entry["why"])] for entry in test_set.get("skipped") or []]
-    return (
-        f'<pre>{escape(results["command"])}</pre><dl class="facts">{listed}</dl>'
-        + (f"<ul>{notes}</ul>" if notes else "")
-        + (_table(f"{len(skipped)} files skipped", ["file", "why"], skipped) if skipped else "")
-    )
+    model, test_set, commit = results["model"], results["test_set"], results.get("commit") or ""
+    rates = [system.get("nominal_kbps") for system in results["systems"] if system.get("kind") == "ours"]
+    facts = {"made": results.get("created"), "machine": results.get("machine"),
+             "versions": ", ".join(f"{name} {version}" for name, version in results["versions"].items()),
+             "commit": f"{commit[:-1]}, with changes" if commit.endswith("+") else commit,
+             "checkpoint": model.get("checkpoint"), "frames per second": _plain(model.get("frame_rate_hz")),
+             "bitrates, kbps": ", ".join(_plain(rate) for rate in rates if rate),
+             "manifest": test_set.get("manifest"), "split": test_set.get("split"),
+             "judged at, Hz": _plain(test_set.get("sample_rate"))}  # fmt: skip
+    listed = "".join(f"<dt>{key}</dt><dd>{escape(value)}</dd>" for key, value in facts.items() if value)
+    return f'<pre>{escape(results["command"])}</pre><dl class="facts">{listed}</dl>'
 
 
-def _plain(value: object) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+def _plain(number: float | None) -> str:
+    return "" if number is None else f"{number:.6g}"
 
 
 # ---- small things -------------------------------------------------------------------------------------------
@@ -502,6 +550,12 @@ def _table(caption: str, heads: list[str], rows: list[list[str]]) -> str:
 
 def _mean(system: dict, key: str) -> dict:
     return (system.get("means") or {}).get(key) or {}
+
+
+def _with_values(results: dict) -> dict[str, dict]:
+    """The metrics that some system has a mean of."""
+    return {key: metric for key, metric in results["metrics"].items()
+            if any(_finite(_mean(system, key).get("mean")) for system in results["systems"])}  # fmt: skip
 
 
 def _finite(value: float | None) -> bool:

@@ -362,7 +362,12 @@ def receptive_field(codec: Codec, segment_samples: int) -> Check:
 
 
 def snr_bound_db(wavs: list[np.ndarray], sample_rate: int, kbps: float) -> float:
-    """Highest SNR that a bitrate allows on Gaussian components with the variances of this audio.
+    """`snr_bounds_db` of one bitrate."""
+    return snr_bounds_db(wavs, sample_rate, [kbps])[0]
+
+
+def snr_bounds_db(wavs: list[np.ndarray], sample_rate: int, kbps: list[float]) -> list[float]:
+    """Highest SNR that each bitrate allows on Gaussian components with the variances of this audio.
 
     The spectral envelope is given away free, and the bits are spent where they help most in time and frequency.
     The pitch is not: a codec that predicts it well could come above the bound.
@@ -370,18 +375,21 @@ def snr_bound_db(wavs: list[np.ndarray], sample_rate: int, kbps: float) -> float
     Args:
         wavs: float32 [T] each, together not silent; minutes suffice.
         sample_rate: Hz.
-        kbps: bits spent per second, on average over all of `wavs`.
+        kbps: bits spent per second, each on average over all of `wavs`.
 
     Source: Cover & Thomas 2006, section 10.3.3.
     """
     variances = np.sort(np.concatenate([envelope(wav, sample_rate) for wav in wavs]))[::-1]
     variances = np.maximum(variances, 1e-12 * variances[0]).astype(np.float64)
-    n_bits = 1000 * kbps * len(variances) / sample_rate  # as many components as samples
     logs, n = np.cumsum(np.log2(variances)), np.arange(1, len(variances) + 1)
     n_bits_down_to = 0.5 * (logs - n * np.log2(variances))  # what it takes to bring all larger ones down to this one
-    n_above = int(np.searchsorted(n_bits_down_to, n_bits, side="right"))
-    water = 2 ** ((logs[n_above - 1] - 2 * n_bits) / n_above)
-    return float(10 * np.log10(variances.sum() / (n_above * water + variances[n_above:].sum())))
+    bounds = []
+    for rate in kbps:
+        n_bits = 1000 * rate * len(variances) / sample_rate  # as many components as samples
+        n_above = int(np.searchsorted(n_bits_down_to, n_bits, side="right"))
+        water = 2 ** ((logs[n_above - 1] - 2 * n_bits) / n_above)
+        bounds.append(float(10 * np.log10(variances.sum() / (n_above * water + variances[n_above:].sum()))))
+    return bounds
 
 
 def envelope(wav: np.ndarray, sample_rate: int) -> np.ndarray:

@@ -14,20 +14,30 @@ ARROWS = {"higher": "↑", "lower": "↓", "one": "→1", "zero": "→0", "": ""
 def render_markdown(results: dict) -> str:
     """report.md of results.json."""
     metrics = results["metrics"]
-    shown = [key for key in HEADLINE if any(system["means"].get(key) for system in results["systems"])]
+    shown = [key for key in HEADLINE if any(has_mean(system, key) for system in results["systems"])]
     lines = [f"# {results['title']}, judged", "", test_line(results), "", model_line(results["model"]), ""]
     lines += [f"- {note}" for note in results["test_set"]["notes"]]
     lines += [f"- {verdict['sentence']}" for verdict in results["verdicts"]] + [""] * bool(results["verdicts"])
-    lines += ["## Quality", "", f"Means over files, with bootstrap {LEVEL:.0f} % intervals. kbps are bytes on disk.", "",
-              _row(["system", "kbps", *(f"{metrics[key]['title']} {ARROWS[metrics[key]['better']]}".strip() for key in shown)]),
-              _row(["---"] + ["---:"] * (1 + len(shown)))]  # fmt: skip
+    about = f"Means over files, with bootstrap {LEVEL:.0f} % intervals. kbps: files on disk, and the frames in them alone."
+    lines += ["## Quality", "", about, "", _row(["system", "kbps", "frames alone", *(title(metrics[key]) for key in shown)]),
+              _row(["---"] + ["---:"] * (2 + len(shown)))]  # fmt: skip
     for system in results["systems"]:
         cells = [cell(system["means"].get(key), metrics[key]["digits"]) for key in shown]
-        lines.append(_row([f"`{system['name']}`", f"{system['kbps']:.2f}", *cells]))
+        payload = "-" if system["payload_kbps"] is None else f"{system['payload_kbps']:.2f}"
+        lines.append(_row([f"`{system['name']}`", f"{system['kbps']:.2f}", payload, *cells]))
     lines += ["", *_absent(metrics), *_problems(results["systems"])]
     lines += _codebooks(results["systems"]) + _speed(results["systems"]) + _groups(results, shown)
     lines += ["", "## How to repeat it", "", f"`{results['command']}`", "", f"{results['machine']}; {results['created']}"]
     return "\n".join(lines) + "\n"
+
+
+def title(metric: dict) -> str:
+    """With an arrow to where it is better."""
+    return f"{metric['title']} {ARROWS[metric['better']]}".strip()
+
+
+def has_mean(system: dict, key: str) -> bool:
+    return (system["means"].get(key) or {}).get("mean") is not None
 
 
 def test_line(results: dict) -> str:
@@ -134,6 +144,11 @@ def compare(a: dict, b: dict, names: tuple[str, str], pooled: dict[str, tuple[st
     common = [name for name in a["test_set"]["files"] if name in set(b["test_set"]["files"])]
     if not common:
         raise ValueError(f"--compare {names[0]} {names[1]}: no file was judged in both; evaluate the same manifest twice")
+    lengths = [dict(zip(r["test_set"]["files"], r["test_set"]["file_seconds"])) for r in (a, b)]
+    other = [name for name in common if abs(lengths[0][name] - lengths[1][name]) > 0.01]
+    if other or a["test_set"]["sample_rate"] != b["test_set"]["sample_rate"]:
+        what = f"{other[0]} is of another length" if other else "their sample rates differ"
+        raise ValueError(f"--compare {names[0]} {names[1]}: not the same recordings, {what}; evaluate the same manifest twice")
     metrics = {key: metric for key, metric in a["metrics"].items() if key in b["metrics"]}
     lines = [f"# {names[1]} less {names[0]}", "", f"Paired over {len(common)} files that both judged; bootstrap {LEVEL:.0f} % "
              "intervals. **Bold**: 0 lies outside; + better, - worse.", ""]  # fmt: skip
@@ -141,7 +156,7 @@ def compare(a: dict, b: dict, names: tuple[str, str], pooled: dict[str, tuple[st
     found = {(x["name"], y["name"]): differences(_figures(b, y, common, pooled), _figures(a, x, common, pooled), list(metrics))
              for x, y in matched}  # fmt: skip
     shown = [key for key in metrics if any(key in result for result in found.values())]
-    lines += [_row(["systems", *(f"{metrics[key]['title']} {ARROWS[metrics[key]['better']]}".strip() for key in shown)]),
+    lines += [_row(["systems", *(title(metrics[key]) for key in shown)]),
               _row(["---"] + ["---:"] * len(shown))]  # fmt: skip
     for (x, y), result in found.items():
         cells = [_difference_cell(result.get(key), metrics[key]) for key in shown]

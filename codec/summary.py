@@ -1,7 +1,7 @@
 """From measures of single files to what one may say: means with intervals, paired differences, verdicts.
 
-Intervals are bootstrap percentiles over files, 95 %, from a fixed seed. Files of one speaker are not independent, so they
-are too narrow where a test set has few speakers.
+Intervals are bootstrap percentiles over files, 95 %, from a fixed seed, widened as Student's t is for few files. Files of
+one speaker are not independent, so they are too narrow where a test set has few speakers.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ LEVEL = 95.0
 # what a verdict speaks of; waveform measures are left out: a codec can sound well at an SNR of 0
 QUALITY = ("pesq_wb", "visqol", "stoi", "estoi", "distillmos", "dnsmos", "speaker_similarity", "wer_uncoded", "phoneme_error",
            "log_f0_rmse", "mel_db")  # fmt: skip
+MIN_FILES = 6  # fewer tell nothing apart
 SAME_RATE = 1.1  # a codec that spends up to a tenth more than another is at the same rate
 
 
@@ -31,11 +32,12 @@ class Figures:
 
     def pairs(self, metric: str) -> np.ndarray:
         """[n_files, 2]: what to add up, and what to divide by; NaN where the file has no value."""
-        if metric in self.pooled and self.pooled[metric][0] in self.values:
-            over, under = (self.values[key] for key in self.pooled[metric])
-            return np.stack([over, under], 1)
         column = self.values[metric]
-        return np.stack([column, np.where(np.isnan(column), np.nan, 1.0)], 1)
+        nowhere = np.isnan(column)
+        if metric in self.pooled and self.pooled[metric][0] in self.values:
+            over, under = (np.where(nowhere, np.nan, self.values[key]) for key in self.pooled[metric])
+            return np.stack([over, under], 1)
+        return np.stack([column, np.where(nowhere, np.nan, 1.0)], 1)
 
 
 def resamples(n: int) -> np.ndarray:
@@ -57,10 +59,23 @@ def interval(pairs: np.ndarray, other: np.ndarray | None = None) -> dict | None:
     if not len(both) or not both[:, 1].sum():
         return None
     sums = both[resamples(len(both))].sum(1) if len(both) > 1 else np.zeros((0, both.shape[1]))
-    mean, draws = _ratios(both.sum(0)[None])[0], _ratios(sums)
+    mean, draws = float(_ratios(both.sum(0)[None])[0]), _ratios(sums)
     draws = draws[np.isfinite(draws)]
-    low, high = np.percentile(draws, [50 - LEVEL / 2, 50 + LEVEL / 2]) if len(draws) else (None, None)
-    return {"mean": float(mean), "low": _number(low), "high": _number(high), "n": len(both)}
+    if not len(draws):
+        return {"mean": mean, "low": None, "high": None, "n": len(both)}
+    low, high = np.percentile(draws, [50 - LEVEL / 2, 50 + LEVEL / 2])
+    low, high = (float(mean + _widening(len(both)) * (end - mean)) for end in (low, high))
+    return {"mean": mean, "low": low, "high": high, "n": len(both)}
+
+
+def _widening(n: int) -> float:
+    """How much wider an interval of n files is than the bootstrap says: Student's t and n - 1 for the normal's and n.
+
+    Source: Hesterberg 2015, "What teachers should know about the bootstrap", section 4.1; t by Cornish and Fisher's series.
+    """
+    z, dof = 1.959964, n - 1
+    series = [z, (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384]
+    return sum(term / dof**power for power, term in enumerate(series)) / z * math.sqrt(n / dof)
 
 
 def _ratios(sums: np.ndarray) -> np.ndarray:
@@ -70,15 +85,20 @@ def _ratios(sums: np.ndarray) -> np.ndarray:
     return ratios[:, 0] if ratios.shape[1] == 1 else ratios[:, 0] - ratios[:, 1]
 
 
-def _number(x: float | None) -> float | None:
-    return None if x is None else float(x)
-
-
 def group_means(figures: Figures, metric: str, groups: list[str | None]) -> dict[str, float]:
     """Mean of each group of files that has a value."""
-    pairs, names = figures.pairs(metric), sorted({group for group in groups if group})
-    means = {name: interval(pairs[[group == name for group in groups]]) for name in names}
-    return {name: mean["mean"] for name, mean in means.items() if mean}
+    pairs, means = figures.pairs(metric), {}
+    for name in sorted({group for group in groups if group}):
+        over, under = np.nansum(pairs[[group == name for group in groups]], 0)
+        if under:
+            means[name] = float(over / under)
+    return means
+
+
+def pooled_snr_db(figures: Figures) -> float | None:
+    """Power of all files over power of all errors, in dB: what a rate-distortion bound speaks of."""
+    signal, error = (np.nansum(figures.values.get(key, np.zeros(0))) for key in ("signal_energy", "error_energy"))
+    return float(10 * np.log10(signal / error)) if signal > 0 and error > 0 else None
 
 
 # ------------------------------------------------------------------------------------ codebooks
@@ -113,7 +133,7 @@ def differences(ours: Figures, theirs: Figures, metrics: list[str]) -> dict[str,
 def judge(difference: dict, better: str) -> str:
     """"better", "worse" or "even": whether the interval leaves out 0, and on which side."""
     low, high = difference["low"], difference["high"]
-    if low is None or low <= 0 <= high or better not in ("higher", "lower"):
+    if low is None or low <= 0 <= high or difference["n"] < MIN_FILES or better not in ("higher", "lower"):
         return "even"
     return "better" if (low > 0) == (better == "higher") else "worse"
 
@@ -143,10 +163,24 @@ def verdicts(systems: list[dict], figures: dict[str, Figures], metrics: dict[str
 
 def verdict_sentence(ours: dict, theirs: dict, sides: dict[str, list[str]], metrics: dict[str, dict]) -> str:
     """The verdict in words, rates first."""
-    ratio = ours["kbps"] / theirs["kbps"]
-    rate = "at the same rate" if 1 / SAME_RATE <= ratio <= SAME_RATE else (
-        f"which spends {1 / ratio:.1f} times as much" if ratio < 1 else f"with {ratio:.1f} times its rate")  # fmt: skip
-    words = {"better": "better in", "worse": "worse in", "even": "no difference shown in"}
+    words = {"better": "better in", "worse": "worse in", "even": "not told apart in"}
     parts = [f"{words[side]} {', '.join(metrics[key]['title'] for key in keys)}" for side, keys in sides.items() if keys]
-    head = f"{ours['name']} ({ours['kbps']:.1f} kbps on disk) against {theirs['name']} ({theirs['kbps']:.1f}), {rate}"
-    return f"{head}: {'; '.join(parts) or 'nothing was measured on both'}."
+    return (f"{rates_in_words(ours, theirs)} {ours['name']} ({ours['kbps']:.1f} kbps on disk) is "
+            f"{'; '.join(parts) or 'not comparable: nothing was measured on both'}.")  # fmt: skip
+
+
+def rates_in_words(ours: dict, theirs: dict) -> str:
+    """How the two rates compare, as the beginning of a sentence."""
+    rival, ratio = f"{theirs['name']} ({theirs['kbps']:.1f} kbps)", theirs["kbps"] / ours["kbps"]
+    if 1 / SAME_RATE <= ratio <= SAME_RATE:
+        return f"At the same rate as {rival},"
+    if ratio <= 0.5:
+        return f"With {1 / ratio:.1f} times the bits of {rival},"
+    if ratio >= 2:
+        return f"Against {rival}, which spends {ratio:.1f} times the bits,"
+    return f"Against {rival}, which spends {100 * abs(ratio - 1):.0f} % {'more' if ratio > 1 else 'fewer'} bits,"
+
+
+def headline(found: list[dict]) -> list[str]:
+    """Sentences that say first whether the codec is better than its first rival, a bitrate each."""
+    return [verdict["sentence"] for verdict in found if verdict["against"] == found[0]["against"]]

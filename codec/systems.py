@@ -47,6 +47,7 @@ class Coded(NamedTuple):
     wav: np.ndarray  # float32 [T'], with the codec's delay
     sample_rate: int
     n_bytes: int  # of the file that a user would keep
+    n_payload_bytes: int  # of the coded frames alone
     codes: np.ndarray | None  # [n, T']
 
 
@@ -155,7 +156,7 @@ def _open_transformers(source: str) -> NeuralCodec:
 
 
 def _weights_id(model: torch.nn.Module) -> str:
-    """16 hex digits of everything that a model's output depends on."""
+    """16 hex digits of a model's tensors."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
@@ -165,7 +166,7 @@ def _weights_id(model: torch.nn.Module) -> str:
 # ---------------------------------------------------------------------------------- who takes part
 
 
-def neural_systems(kind: str, source: str, counts: Iterable[int] = ()) -> list[System]:
+def neural_systems(kind: str, source: str, counts: Iterable[float] = ()) -> list[System]:
     """A model at each bitrate, lowest first.
 
     Args:
@@ -178,12 +179,12 @@ def neural_systems(kind: str, source: str, counts: Iterable[int] = ()) -> list[S
     model, family = open_neural(kind, source), public_name(source)
     most = model.counts[-1]
     chosen = sorted(set(counts)) or model.counts
-    wrong = [n for n in chosen if not 1 <= n <= most]
+    wrong = [n for n in chosen if not 1 <= n <= most or n != int(n)]
     if wrong or kind == "hf" and not set(chosen) <= set(model.counts):
         there = model.counts if kind == "hf" else f"1 to {most}"
-        raise ValueError(f"{source}: codebooks {list(chosen)}, expected some of {there}")
+        raise ValueError(f"{source}: codebooks {', '.join(f'{n:g}' for n in chosen)}, expected some of {there}")
     return [System(f"{family}@{model.kbps(n):.2f}", family, kind, source, n, model.kbps(n), f"{n} of {most} codebooks",
-                   model.weights_id) for n in chosen]  # fmt: skip
+                   model.weights_id) for n in map(int, chosen)]  # fmt: skip
 
 
 def classical_systems(codec: str, kbps: Iterable[float] = (), around: Iterable[float] = ()) -> list[System]:
@@ -198,8 +199,13 @@ def classical_systems(codec: str, kbps: Iterable[float] = (), around: Iterable[f
     missing = classical.missing(codec)
     if missing:
         raise ValueError(f"--against {codec}: {missing}")
-    return [System(f"{codec}@{rate:g}", codec, "classical", "", 0, rate, f"{rate:g} kbps", "")
-            for rate in kbps or classical.rates(codec, list(around))]  # fmt: skip
+    chosen, there = sorted(kbps) or classical.rates(codec, list(around)), classical.CODECS[codec].kbps
+    wrong = [rate for rate in chosen if rate not in there]
+    if wrong:
+        nearest = min(there, key=lambda rate: abs(rate - wrong[0]))
+        raise ValueError(f"--against {codec}@{wrong[0]:g}: not one of its bitrates; the nearest is {nearest:g}")
+    version = classical.fingerprint(codec)
+    return [System(f"{codec}@{rate:g}", codec, "classical", "", 0, rate, f"{rate:g} kbps", version) for rate in chosen]
 
 
 def parse_against(text: str, around: list[float]) -> list[System]:
@@ -220,9 +226,9 @@ def parse_against(text: str, around: list[float]) -> list[System]:
         if name in classical.CODECS:
             systems += classical_systems(name, values, around)
         elif name.startswith("hf:"):
-            systems += neural_systems("hf", name.removeprefix("hf:"), map(int, values))
+            systems += neural_systems("hf", name.removeprefix("hf:"), values)
         else:
-            systems += neural_systems("run", name, map(int, values))
+            systems += neural_systems("run", name, values)
     return systems
 
 
@@ -267,10 +273,11 @@ def code_clip(systems: list[System], wav: np.ndarray, sample_rate: int) -> dict[
     """
     first = systems[0]
     if first.kind == "uncoded":
-        return {first.name: Coded(wav, sample_rate, 2 * len(wav), None)}
+        return {first.name: Coded(wav, sample_rate, 2 * len(wav), 2 * len(wav), None)}
     if first.kind == "classical":
         results = {system.name: classical.code(system.family, system.nominal_kbps, wav, sample_rate) for system in systems}
-        return {name: Coded(result.wav, result.sample_rate, result.n_bytes, None) for name, result in results.items()}
+        return {name: Coded(result.wav, result.sample_rate, result.n_bytes, result.n_payload_bytes, None)
+                for name, result in results.items()}  # fmt: skip
     model = open_neural(first.kind, first.source)
     samples = resample_array(wav, sample_rate, model.sample_rate) if sample_rate != model.sample_rate else wav
     most = max(system.n_codebooks for system in systems)
@@ -290,7 +297,7 @@ def _decode(model: NeuralCodec, codes: Tensor, n_samples: int, name: str) -> Cod
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "a.codec")
         write_codes(path, codes[0], header)
-        return Coded(wav_hat, model.sample_rate, path.stat().st_size, codes[0].numpy())
+        return Coded(wav_hat, model.sample_rate, path.stat().st_size, header.payload_bytes, codes[0].numpy())
 
 
 def measure_speed(system: System, wav: np.ndarray, sample_rate: int, n_threads: int) -> dict[str, float]:
@@ -314,7 +321,7 @@ def measure_speed(system: System, wav: np.ndarray, sample_rate: int, n_threads: 
     encode_s = min(_seconds(lambda: model.encode(x, system.n_codebooks)) for _ in range(2))
     model.decode(codes)
     decode_s = min(_seconds(lambda: model.decode(codes)) for _ in range(2))
-    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
     return {"encode_rtf": encode_s / seconds, "decode_rtf": decode_s / seconds, "peak_mb": peak_mb}
 
 
@@ -322,8 +329,6 @@ def _seconds(action: Callable[[], object]) -> float:
     start = time.perf_counter()
     action()
     return time.perf_counter() - start
-
-
 
 
 def describe(source: str) -> dict:

@@ -104,7 +104,10 @@ def _why_not(path: Path, sample_rate: int) -> str:
         return f"{path}: {info.samplerate} Hz, {info.channels} channels, the manifest says {sample_rate} Hz, mono"
     if info.duration < MIN_SECONDS:
         return f"{path}: {info.duration:.2f} s, shorter than {MIN_SECONDS} s"
-    return ""
+    try:
+        return "" if np.isfinite(read_wav(path)).all() else f"{path}: holds NaN or infinity"
+    except sf.LibsndfileError as error:
+        return f"{path}: damaged ({error.error_string})"
 
 
 def _read_texts(path: str) -> dict[str, tuple[str, str | None]]:

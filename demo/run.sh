@@ -18,4 +18,7 @@ else
 fi
 run $BIN/python train_codec_gan.py --config configs/quickstart.yaml --run_dir "$RUN" --resume \
     --set "data.manifest=$SPEECH/manifest.jsonl"
-run $BIN/python evaluate_codec.py --checkpoint "$RUN" --manifest "$SPEECH/manifest.jsonl" --n_files 100 --out "$RUN/evaluation"
+AGAINST=
+PATH=$PATH:.tools/bin command -v opusenc >/dev/null && AGAINST="--against opus"
+run $BIN/python evaluate_codec.py --checkpoint "$RUN" --manifest "$SPEECH/manifest.jsonl" $AGAINST --n_files 100 --no_speed \
+    --metrics pesq_wb,stoi,estoi,mel_db,log_f0_rmse,voicing_error,snr_db,si_sdr_db,amplitude_ratio --out "$RUN/evaluation"

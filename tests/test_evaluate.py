@@ -1,4 +1,5 @@
 import csv
+import io
 import json
 import os
 import signal
@@ -28,6 +29,8 @@ from codec.systems import UNCODED, System, code_clip, distinct, neural_systems, 
 from codec.testset import Recording, read_test_set
 
 RATE = 16000
+pytest.importorskip("pesq")
+pytest.importorskip("pystoi")
 QUICK = "snr_db,amplitude_ratio,si_sdr_db,mel_db,log_f0_rmse,pesq_wb,stoi"
 
 
@@ -43,6 +46,14 @@ def write_set(folder: Path) -> Path:
     for i in range(6):
         add(f"{'ab'[i % 2]}{i}.wav", speech_like(20000 + 1111 * i, RATE, seed=i), "ab"[i % 2])
     add("silent.wav", np.zeros(20000), "a")
+    damaged = io.BytesIO()
+    sf.write(damaged, speech_like(20000, RATE), RATE, format="FLAC")
+    (folder / "damaged.flac").write_bytes(damaged.getvalue()[: len(damaged.getvalue()) // 2])
+    add("damaged.flac", None, "a")
+    holed = speech_like(20000, RATE)
+    holed[5] = np.nan
+    sf.write(folder / "holed.wav", holed, RATE, subtype="FLOAT")
+    add("holed.wav", None, "a")
     add("short.wav", speech_like(2000, RATE), "a")
     add("missing.wav", None, "b")
     add("other.wav", speech_like(20000, 8000), "b", 8000)
@@ -104,7 +115,8 @@ def test_the_uncoded_audio_has_the_scores_of_an_identity(evaluated):
 def test_what_cannot_be_judged_is_said_and_not_averaged(evaluated):
     results = results_of(evaluated)
     skipped = {entry["file"]: entry["why"] for entry in results["test_set"]["skipped"]}
-    assert set(skipped) == {"short.wav", "missing.wav", "other.wav"}
+    assert set(skipped) == {"short.wav", "missing.wav", "other.wav", "damaged.flac", "holed.wav"}
+    assert "NaN" in skipped["holed.wav"] and "damaged" in skipped["damaged.flac"]
     assert "missing" in skipped["missing.wav"] and "shorter than" in skipped["short.wav"] and "8000 Hz" in skipped["other.wav"]
     place = results["test_set"]["files"].index("silent.wav")
     for system in results["systems"]:
@@ -113,7 +125,7 @@ def test_what_cannot_be_judged_is_said_and_not_averaged(evaluated):
             assert values[place] is None and system["means"][metric]["undefined"] == 1
             assert system["means"][metric]["mean"] == pytest.approx(np.mean([v for v in values if v is not None]))
     text = (evaluated / "report.md").read_text()
-    assert "pesq_wb undefined" in text and "silent" in text and "3 files left out" in text
+    assert "pesq_wb undefined" in text and "silent" in text and "5 files left out" in text
 
 
 def test_files_csv_and_the_page_are_whole(evaluated):
@@ -127,7 +139,7 @@ def test_files_csv_and_the_page_are_whole(evaluated):
     assert page.count("<audio") >= 2 * (len(results["systems"]) - 1) and "tiny@5.19" in page
 
 
-def test_a_second_call_does_nothing_again_and_a_new_metric_only_itself(evaluated, run_dir, manifest, capsys):
+def test_a_second_call_does_nothing_again_and_a_new_metric_only_itself(evaluated, run_dir, manifest, capsys, monkeypatch):
     before = (evaluated / "cache" / "done.jsonl").read_text()
     arguments = ["--checkpoint", str(run_dir), "--manifest", str(manifest), "--out", str(evaluated), "--codebooks", "1,3",
                  "--no_audio"]  # fmt: skip
@@ -137,6 +149,7 @@ def test_a_second_call_does_nothing_again_and_a_new_metric_only_itself(evaluated
     assert evaluate_codec.main([*arguments, "--metrics", "snr_db,phoneme_error"]) == 0
     new = [json.loads(line) for line in (evaluated / "cache" / "done.jsonl").read_text()[len(before) :].splitlines()]
     assert {row["stage"] for row in new} == {"measure"} and len(new) == 3 * 7
+    monkeypatch.setenv("PATH", "")  # without git too
     assert not any("snr_db" in row["values"] for row in new)
     capsys.readouterr()
     assert evaluate_codec.main(["--compare", *[str(evaluated / "results.json")] * 2]) == 0
@@ -156,6 +169,7 @@ def test_after_a_kill_only_the_rest_is_done(run_dir, manifest, tmp_path):
     process.wait()
     before = log.read_text()
     before = before[: before.rfind("\n") + 1]
+    assert 2 <= before.count('"measure"') < 2 * 7  # something was left to do
     subprocess.run(command, cwd=root, check=True, capture_output=True)
     after = log.read_text()
     assert after.startswith(before)
@@ -217,11 +231,65 @@ def test_a_metric_that_crashes_on_a_file_is_recorded_and_the_others_go_on(tmp_pa
 
     wav = speech_like(20000, RATE)
     system, recording, _ = planned(tmp_path, wav, wav)
-    monkeypatch.setattr(measure, "open_judges", lambda *_: [Crashes(), Refuses(), Half()])
-    wanted = frozenset({"visqol", "pesq_wb", "stoi", "snr_db", "dc_offset"})
+    def open_one(wanted: set[str], *_):
+        found = [judge() for judge in (Crashes, Refuses, Half) if wanted & set(judge.metrics)]
+        if not found:
+            raise ImportError("its library is broken")
+        return found
+
+    monkeypatch.setattr(measure, "open_judges", open_one)
+    wanted = frozenset({"visqol", "pesq_wb", "stoi", "snr_db", "dc_offset", "distillmos"})
     (row,) = measure_job([(system, 0, wanted)], recording, RATE, tmp_path, None)
-    assert row["values"] == {"stoi": 0.5} and row["failed"] == {"visqol": "RuntimeError: no way"}
+    assert row["values"] == {"stoi": 0.5}
+    assert row["failed"] == {"visqol": "RuntimeError: no way", "distillmos": "ImportError: its library is broken"}
     assert row["undefined"] == {"pesq_wb": "no speech", "snr_db": "without limit", "dc_offset": "the metric gave nan"}
+
+
+def test_another_text_or_recogniser_measures_word_errors_again_and_nothing_else(tmp_path, monkeypatch):
+    jobs = []
+    monkeypatch.setattr(evaluate_codec, "run_jobs", lambda function, split, dead, todo, *_: jobs.extend(todo))
+    system, recording, plan = planned(tmp_path, speech_like(20000, RATE), speech_like(20000, RATE))
+    plan = plan._replace(metrics=["wer", "stoi"])
+    row = {"stage": "measure", "system": system.key, "key": "k", "delay": 0, "values": {"wer": 0.5, "stoi": 1.0},
+           "undefined": {}, "failed": {}, "how": {m: measure.how(m, recording, "base") for m in ("wer", "stoi")}}  # fmt: skip
+    plan.ledger.add(row)
+    evaluate_codec.measure_all(plan, {system.name: 0}, "base", 1)
+    assert jobs == []
+    evaluate_codec.measure_all(plan, {system.name: 0}, "small", 1)
+    ((wanted, *_),) = jobs
+    assert wanted == [(system, 0, frozenset({"wer"}))]
+    jobs.clear()
+    told = recording._replace(clip=recording.clip._replace(text="another"))
+    evaluate_codec.measure_all(plan._replace(recordings=[told]), {system.name: 0}, "base", 1)
+    assert jobs[0][0] == [(system, 0, frozenset({"wer"}))]
+    jobs.clear()
+    evaluate_codec.measure_all(plan, {system.name: 3}, "base", 1)  # at another delay everything is another
+    assert jobs[0][0] == [(system, 3, frozenset({"wer", "stoi"}))]
+    jobs.clear()
+    monkeypatch.setattr(measure, "_code_version", lambda package: package + "another version")
+    evaluate_codec.measure_all(plan, {system.name: 0}, "base", 1)
+    assert jobs[0][0] == [(system, 0, frozenset({"wer", "stoi"}))]
+
+
+def test_a_process_that_dies_loses_the_metric_that_killed_it_and_no_other(tmp_path):
+    system, recording, _ = planned(tmp_path, speech_like(20000, RATE), np.zeros(10))
+    job = ([(system, 0, frozenset({"stoi", "wer"})), (UNCODED, 0, frozenset({"wer"}))], recording, RATE, tmp_path, "base")
+    first, second = measure.split_measure(*job)
+    assert first[0] == [(system, 0, frozenset({"stoi"}))] and first[1:] == job[1:]
+    assert second[0] == [(system, 0, frozenset({"wer"})), (UNCODED, 0, frozenset({"wer"}))]
+    rows = measure.measure_died(*second)
+    assert [row["failed"] for row in rows] == [{"wer": "the process died"}] * 2
+    (row,) = measure.decode_died([system], recording, RATE, tmp_path)
+    assert row["error"] == "the process died"
+
+
+def test_a_codec_whose_delay_changes_by_a_sample_with_the_file_is_aligned_file_by_file(tmp_path):
+    wav = speech_like(30000, RATE)
+    system, recording, _ = planned(tmp_path, wav, np.concatenate([np.zeros(41), wav]))
+    metrics = frozenset({"snr_db"})
+    for delay, aligned in ((40, True), (43, True), (30, False)):  # 3 samples around the system's own
+        (row,) = measure_job([(system, delay, metrics)], recording, RATE, tmp_path, None)
+        assert (row["values"]["snr_db"] > 60) == aligned, delay
 
 
 def test_a_codec_that_fails_on_a_file_is_recorded(tmp_path, monkeypatch):
@@ -291,6 +359,7 @@ def test_two_runs_of_one_name_stay_apart_and_one_given_twice_is_refused(run_dir,
         (["--split", "validation"], "no recordings of split 'validation'; it has test"),
         (["--against", "opus@six"], "'six' after @"),
         (["--against", "mp3"], "mp3"),
+        (["--against", "opus@7.5"], "the nearest is 7"),
         (["--against", "hf:/nonexistent"], "hf:/nonexistent"),
         (["--transcripts", "none.jsonl"], "none.jsonl"),
         (["--compare", "a.json", "b.json"], "a.json"),

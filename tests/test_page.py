@@ -19,6 +19,8 @@ from codec.page import Example, render_page
 RATE = 16000
 SECONDS = (1.3, 0.9)
 NASTY = '<b>&"quoted"\'</b></script>'  # as the name of a speaker, a file, a system
+HEADLINE = f"quick@6 beats opus at 6 kbps in PESQ-WB, {NASTY}."
+NO_TEXT = {"metric": "cer", "kind": "undefined", "why": "the file has no text"}
 SILENT = {"file": "silent.wav", "metric": "pesq_wb", "kind": "undefined", "why": "a silent reference"}
 
 
@@ -31,12 +33,13 @@ def system(name: str, family: str, kind: str, kbps: float, pesq: float) -> dict:
     rng = np.random.default_rng(int(10 * kbps))
     return {
         "name": name, "family": family, "kind": kind, "setting": "its setting", "nominal_kbps": kbps, "kbps": kbps,
+        "payload_kbps": None if kind == "uncoded" else kbps - 0.05, "pooled_snr_db": None if kind == "uncoded" else kbps / 2,
         "delay_ms": 6.5, "snr_bound_db": 12.0,
         "means": {"pesq_wb": mean(pesq, 0.06, 1), "wer": mean(0.3 / kbps, 0.02), "snr_db": mean(2 + kbps, 0.5),
-                  "amplitude_ratio": mean(1 - 0.1 / kbps, 0.01)},
+                  "amplitude_ratio": mean(1 - 0.1 / kbps, 0.01), "cer": {"mean": None, "undefined": 2, "failed": 0}},
         "groups": {"speaker": {"es": {"pesq_wb": pesq}, NASTY: {"pesq_wb": pesq - 0.1}}, "language": {"es": {"wer": 0.1}}},
         "values": {"pesq_wb": list(pesq + 0.1 * rng.standard_normal(12)), "wer": list(rng.random(12)), "snr_db": [None] * 12},
-        "problems": [SILENT],
+        "problems": [SILENT, *(NO_TEXT | {"file": f"es/{i}.wav"} for i in range(2))],
         "codebooks": [{"used": 0.9, "perplexity": 200.5, "entropy_bits": 7.6, "efficiency": 0.95}] if kind == "ours" else [],
         "speed": {"encode_rtf_1": 0.01, "encode_rtf_2": None, "decode_rtf_1": 0.02, "decode_rtf_2": 0.015, "peak_mb": 210.0},
     }  # fmt: skip
@@ -60,7 +63,8 @@ def full_results() -> dict:
     """Everything a results.json can hold, with names that would break a page that does not escape them."""
     kbps = [0.5 * 2 ** (i / 4) for i in range(37)]
     return {
-        "format": 1, "title": f"quick {NASTY}", "created": "2026-11-21T22:00:00", "machine": "2 cores", "commit": "abc",
+        "format": 1, "title": f"quick {NASTY}", "created": "2026-11-21T22:00:00", "machine": "2 cores", "commit": "abc+",
+        "headline": [HEADLINE, "A second sentence."], "versions": {"torch": "2.14.1", "pesq": "0.0.4"},
         "command": f"evaluate_codec.py --out {NASTY}",
         "model": {"checkpoint": "runs/quick", "parameters": 9_800_000, "sample_rate": RATE, "frame_rate_hz": 50,
                   "n_codebooks": 12, "codebook_size": 1024, "kbps": [3, 6]},
@@ -69,6 +73,7 @@ def full_results() -> dict:
                      "languages": ["es"] * 11 + [None], "file_seconds": [5.0] * 12,
                      "skipped": [{"file": "gone.wav", "why": "no such file"}]},
         "metrics": {"pesq_wb": metric("PESQ-WB", "MOS", "higher", 2), "wer": metric("WER", "", "lower", 3),
+                    "cer": metric("CER", "", "lower", 3),
                     "snr_db": metric("SNR", "dB", "higher", 1), "amplitude_ratio": metric("Amplitude ratio", "", "one", 3),
                     "visqol": metric("ViSQOL", "", "higher", 2, "pip install visqol-python")},
         "systems": [system("quick@3", "quick", "ours", 3.1, 2.9), system("quick@6", "quick", "ours", 6.2, 3.4),
@@ -141,9 +146,95 @@ def test_thirty_db_sentence_has_the_numbers_of_the_bound(html):
 def test_best_of_a_column_is_marked_and_the_uncoded_audio_is_not_a_codec(html):
     rows = {row.split("<")[0]: row for row in html.split('<th scope="row" data-value="')[1:]}
     cells = {name.split('"')[0]: re.findall(r"<td data-value=[^>]*>", row) for name, row in rows.items()}
-    best = {name: ["class=best" in cell for cell in found[2:]] for name, found in cells.items()}
+    best = {name: ["class=best" in cell for cell in found[3:]] for name, found in cells.items()}
     assert best["opus@24"] == [True, True, True, True]
     assert not any(best["uncoded"]) and not any(best["quick@6"])
+
+
+def text_of(html: str) -> str:
+    return " ".join(unescape(re.sub(r"<[^>]*>", " ", html)).split())
+
+
+def test_answer_notes_and_files_left_out_stand_above_the_navigation(html):
+    header = html[html.index("<header>") : html.index("<nav")]
+    words = unescape(header)
+    assert words.index("minutes") < words.index(HEADLINE) < words.index("A second sentence.") < words.index("a note")
+    assert text_of(header).endswith("1 file left out gone.wav: no such file")
+    assert "<details><summary>1 file left out" in header
+    assert "gone.wav" not in html[html.index("<nav") :]
+
+
+def card(ours_kbps: float, theirs_kbps: float, **changes) -> str:
+    """The only card of a page."""
+    systems = [system("quick", "quick", "ours", ours_kbps, 3.0), system("opus", "opus", "classical", theirs_kbps, 3.0)]
+    verdicts = [verdict("quick", "opus", "opus") | changes]
+    page = render_page(full_results() | {"systems": systems, "verdicts": verdicts}, [], {})
+    return re.search(r"<article class=.card.*?</article>", page, re.S).group()
+
+
+@pytest.mark.parametrize(
+    "ours, theirs, unlike, words",
+    [(6, 6.5, False, "the same rate"), (6.8, 7.548, False, "opus spends 11 % more"), (7, 6, False, "quick spends 17 % more"),
+     (6, 9, False, "opus spends 50 % more"), (6, 9.3, True, "opus spends 55 % more, so this does not compare"),
+     (1.5, 6.6, True, "opus spends 4.4 times as much, so"), (12, 6, True, "quick spends 2.0 times as much, so")],
+)  # fmt: skip
+def test_card_says_what_is_spent_and_unlike_rates_are_no_fair_fight(ours, theirs, unlike, words):
+    found = card(ours, theirs)
+    assert words in text_of(found)
+    assert found.startswith('<article class="card unlike">' if unlike else '<article class="card">')
+
+
+def test_count_of_zero_has_no_colour():
+    assert re.findall(r'<div class="(\w+)"><b>(\d)', card(6, 6)) == [("good", "1"), ("bad", "1"), ("even", "1")]
+    found = re.findall(r'<div class="(\w+)"><b>(\d)', card(6, 6, better=[], even=[]))
+    assert found == [("none", "0"), ("bad", "1"), ("none", "0")]
+
+
+def test_metric_without_any_value_keeps_its_reasons_and_is_not_called_unmeasured(html):
+    table = html[html.index('id="table"') : html.index('id="listen"')]
+    measured, footnotes = table.split("<h3>Files without a value</h3>")
+    columns, absent = measured.split("<h3>Not measured here</h3>")
+    assert text_of(absent) == "ViSQOL: pip install visqol-python"
+    assert "CER" not in columns
+    assert ("CER: no value for any system undefined: the file has no text: all systems, es/0.wav, es/1.wav"
+            in text_of(footnotes))  # fmt: skip
+
+
+def test_system_that_failed_everywhere_has_a_dash_a_count_and_the_reason():
+    results = full_results()
+    failed = results["systems"][3]
+    failed["means"]["pesq_wb"] = {"mean": None, "undefined": 0, "failed": 12}
+    lost = [{"file": file, "metric": "pesq_wb", "kind": "failed", "why": "it died"} for file in results["test_set"]["files"]]
+    failed["problems"] = lost
+    page = render_page(results, [], {})
+    row = re.search(r'<th scope="row" data-value="opus@12">.*?</tr>', page).group()
+    assert text_of(row).startswith("opus@12 its setting 12.40 12.35 6.50 – (12)")
+    assert "failed: it died: opus@12, all files" in text_of(page)
+    failed["problems"] = lost[:7]
+    words = text_of(render_page(results, [], {}))
+    assert "failed: it died: opus@12, es/0.wav, es/1.wav, es/2.wav, es/3.wav, es/4.wav and 2 more" in words
+
+
+def test_bound_is_compared_with_one_ratio_over_all_files(html):
+    section = html[html.index('id="bound"') : html.index('id="groups"')]
+    assert "quick@6 6.20 3.1 12.0" in text_of(section)  # kbps / 2; the mean over files is 2 + kbps
+    assert "uncoded" not in section and "8.2" not in text_of(section)
+    assert "do not predict the pitch" in section and section.count("predict") == 1
+
+
+def test_how_to_reproduce_has_every_bitrate_and_version(html):
+    words = text_of(html[html.index('id="reproduce"') :])
+    assert "versions torch 2.14.1, pesq 0.0.4 commit abc, with changes" in words
+    assert "bitrates, kbps 3.1, 6.2 manifest" in words
+
+
+def test_timing_that_failed_says_why():
+    results = full_results()
+    results["systems"][1]["speed"] = {"encode_rtf_1": 0.01, "error": f"killed {NASTY}"}
+    results["systems"] = [row | {"speed": {}} if row["name"] == "uncoded" else row for row in results["systems"]]
+    words = text_of(render_page(results, [], {}))
+    assert f"Not timed to the end quick@6: killed {NASTY}" in words
+    assert "Not timed" not in text_of(render_page(full_results(), [], {}))
 
 
 def test_tick_marks_enclose_the_values():
@@ -370,13 +461,24 @@ def test_dark_mode_changes_the_background(browser, path):
     assert colours == ["rgb(255, 255, 255)", "rgb(15, 19, 24)"]
 
 
+def test_only_cards_of_like_rates_have_red_and_green(browser, path):
+    page = Watched(browser, path).page
+    colours = """cards => [...new Set(cards.flatMap(card => [...card.querySelectorAll(".good, .bad")]).map(
+        node => getComputedStyle(node).backgroundColor + getComputedStyle(node).color))]"""
+    assert len(page.locator(".card:not(.unlike)").evaluate_all(colours)) == 2
+    assert page.locator(".card.unlike").evaluate_all(colours) == ["rgba(0, 0, 0, 0)rgb(27, 31, 36)"]
+
+
 @pytest.mark.parametrize("width", [360, 768])
 def test_page_is_no_wider_than_the_screen(browser, path, width):
     overflow = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
-    watched = Watched(browser, path, width)
-    assert watched.page.evaluate(overflow) == 0
-    watched.page.evaluate("for (const box of document.querySelectorAll('.wide')) box.style.overflow = 'visible'")
-    assert watched.page.evaluate(overflow) > 0 or width > 360  # without their boxes the tables would be wider
+    assert Watched(browser, path, width).page.evaluate(overflow) == 0
+
+
+def test_page_with_tables_outside_their_boxes_is_found_too_wide(browser, path):
+    page = Watched(browser, path, 360).page
+    page.evaluate("for (const box of document.querySelectorAll('.wide')) box.style.overflow = 'visible'")
+    assert page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth") > 0
 
 
 def test_empty_page_has_no_error_either(browser, tmp_path):
