@@ -27,6 +27,7 @@ from torch import Tensor
 from codec import metrics
 from codec.pitch import yin
 
+TOKENS, TOKENS_PER_S = 20, 30  # that Whisper may write, so that it does not repeat itself for long over noise
 POINT_S = 0.01  # from one measurement of the pitch to the next
 DNSMOS_SAMPLES = 144160  # of its model's input, 9.01 s
 PESQ_S = 20.0
@@ -443,8 +444,9 @@ class WhisperJudge:
 
     def _transcribe(self, wav: np.ndarray, language: str | None) -> tuple[str, str]:
         """(text, language); without the usual second try at a higher temperature, which draws at random."""
+        most = round(TOKENS + TOKENS_PER_S * len(wav) / 16000)
         segments, info = self.model.transcribe(
-            wav, language=language, beam_size=1, temperature=0.0, condition_on_previous_text=False
+            wav, language=language, beam_size=1, temperature=0.0, condition_on_previous_text=False, max_new_tokens=most
         )
         return normalise_text("".join(segment.text for segment in segments)), info.language
 

@@ -162,9 +162,11 @@ def verdicts(systems: list[dict], figures: dict[str, Figures], metrics: dict[str
 
 
 def verdict_sentence(ours: dict, theirs: dict, sides: dict[str, list[str]], metrics: dict[str, dict]) -> str:
-    """The verdict in words, rates first."""
+    """The verdict in words, rates first; four metrics are named, more are counted."""
     words = {"better": "better in", "worse": "worse in", "even": "not told apart in"}
-    parts = [f"{words[side]} {', '.join(metrics[key]['title'] for key in keys)}" for side, keys in sides.items() if keys]
+    n = sum(map(len, sides.values()))
+    parts = [f"{words[side]} {', '.join(metrics[key]['title'] for key in keys) if len(keys) <= 4 else f'{len(keys)} of {n}'}"
+             for side, keys in sides.items() if keys]  # fmt: skip
     return (f"{rates_in_words(ours, theirs)} {ours['name']} ({ours['kbps']:.1f} kbps on disk) is "
             f"{'; '.join(parts) or 'not comparable: nothing was measured on both'}.")  # fmt: skip
 
