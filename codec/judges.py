@@ -27,7 +27,8 @@ from torch import Tensor
 from codec import metrics
 from codec.pitch import yin
 
-TOKENS, TOKENS_PER_S = 20, 30  # that Whisper may write, so that it does not repeat itself for long over noise
+# that Whisper may write, so that it does not repeat itself for long over noise; its window of 30 s holds 448
+TOKENS, TOKENS_PER_S, MOST_TOKENS = 20, 30, 430
 POINT_S = 0.01  # from one measurement of the pitch to the next
 DNSMOS_SAMPLES = 144160  # of its model's input, 9.01 s
 PESQ_S = 20.0
@@ -444,7 +445,7 @@ class WhisperJudge:
 
     def _transcribe(self, wav: np.ndarray, language: str | None) -> tuple[str, str]:
         """(text, language); without the usual second try at a higher temperature, which draws at random."""
-        most = round(TOKENS + TOKENS_PER_S * len(wav) / 16000)
+        most = min(round(TOKENS + TOKENS_PER_S * len(wav) / 16000), MOST_TOKENS)
         segments, info = self.model.transcribe(
             wav, language=language, beam_size=1, temperature=0.0, condition_on_previous_text=False, max_new_tokens=most
         )
