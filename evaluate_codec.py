@@ -285,11 +285,17 @@ def doctor_says(checkpoint: str) -> dict[str, str] | None:
 
 def notes(systems: list[System], rate: int) -> list[str]:
     """What a reader must know about sample rates."""
-    rates = {system.family: open_neural(system.kind, system.source).sample_rate for system in systems if system.n_codebooks}
-    rates |= {system.family: hz for system in systems if system.kind == "classical" and (hz := CODECS[system.family].input_hz)}
-    return [f"{family} works at {own} Hz, the recordings have {rate} Hz: "
-            + (f"what lies above {own // 2} Hz is lost" if own < rate else "they were resampled for it, and back")
-            for family, own in rates.items() if own != rate]  # fmt: skip
+    families: dict[int, list[str]] = {}
+    for system in systems:
+        if system.n_codebooks:
+            own = open_neural(system.kind, system.source).sample_rate
+        else:
+            own = CODECS[system.family].input_hz if system.kind == "classical" else None
+        if own not in (None, rate) and system.family not in families.setdefault(own, []):
+            families[own].append(system.family)
+    return [f"{', '.join(names)} at {own} Hz, the recordings at {rate} Hz: "
+            + (f"what lies above {own // 2} Hz is lost" if own < rate else "resampled, and back")
+            for own, names in sorted(families.items())]  # fmt: skip
 
 
 def files_csv(rows: list[dict], recordings: list[Recording], metrics: list[str]) -> str:
