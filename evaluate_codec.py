@@ -105,9 +105,11 @@ def decode_all(plan: Plan, n_workers: int) -> None:
 
 
 def find_delays(plan: Plan) -> dict[str, int]:
-    """Samples that each output comes late, from the longest recordings; a file's own delay lies a few samples around it."""
-    delays = {}
+    """Samples that each classical codec's output comes late, from the longest recordings; neural codecs have none by design."""
+    delays = {system.name: 0 for system in plan.systems}
     for system in plan.systems:
+        if system.kind != "classical":
+            continue
         row = plan.ledger.get("delay", system.key)
         chosen = sorted(plan.decoded(system), key=lambda recording: (-recording.seconds, recording.key))[:DELAY_CLIPS]
         keys = [recording.key for recording in chosen]

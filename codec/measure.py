@@ -117,7 +117,9 @@ def _aligned(reference: np.ndarray, system: System, delay: int, recording: Recor
     if system.kind == "uncoded":
         return reference
     wav_hat = read_wav(decoded_path(cache, system, recording))
-    return compensate(wav_hat, refine_delay(reference, wav_hat, delay, round(REFINE_S * rate)), len(reference))
+    if system.kind == "classical":
+        delay = refine_delay(reference, wav_hat, delay, round(REFINE_S * rate))
+    return compensate(wav_hat, delay, len(reference))
 
 
 def how(metric: str, recording: Recording, asr_model: str | None) -> str:

@@ -165,8 +165,10 @@ def verdict_sentence(ours: dict, theirs: dict, sides: dict[str, list[str]], metr
     """The verdict in words, rates first; four metrics are named, more are counted."""
     words = {"better": "better in", "worse": "worse in", "even": "not told apart in"}
     n = sum(map(len, sides.values()))
-    parts = [f"{words[side]} {', '.join(metrics[key]['title'] for key in keys) if len(keys) <= 4 else f'{len(keys)} of {n} measures'}"
-             for side, keys in sides.items() if keys]  # fmt: skip
+    parts = []
+    for side, keys in sides.items():
+        named = ", ".join(metrics[key]["title"] for key in keys) if len(keys) <= 4 else f"{len(keys)} of {n} measures"
+        parts += [f"{words[side]} {named}"] if keys else []
     return (f"{rates_in_words(ours, theirs)} {ours['name']} ({ours['kbps']:.1f} kbps on disk) is "
             f"{'; '.join(parts) or 'not comparable: nothing was measured on both'}.")  # fmt: skip
 

@@ -174,7 +174,7 @@ def test_after_a_kill_only_the_rest_is_done(run_dir, manifest, tmp_path):
     after = log.read_text()
     assert after.startswith(before)
     done = [(row["stage"], row["system"], row["key"]) for row in map(json.loads, after.splitlines())]
-    assert len(done) == len(set(done)) == 7 + 1 + 2 * 7  # coded, delay, measured: each once
+    assert len(done) == len(set(done)) == 7 + 2 * 7  # coded, measured: each once
     assert not [path for path in tmp_path.rglob("*.tmp")]
 
 
