@@ -134,7 +134,8 @@ def apt(*arguments: str, folder: Path) -> str:
 
 
 def _apt_get(*arguments: str, folder: Path) -> subprocess.CompletedProcess:
-    return subprocess.run(["apt-get", "-qq", *arguments], cwd=folder, capture_output=True, text=True)
+    command = ["apt-get", "-qq", "-o", "Acquire::http::Timeout=30", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
 
 
 if __name__ == "__main__":
