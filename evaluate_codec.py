@@ -366,10 +366,9 @@ def evaluate(options: argparse.Namespace) -> dict:
     plan = Plan(systems, recordings, rate, metrics, cache, Ledger(cache / "done.jsonl"))
 
     # the work, each piece once
-    workers = max(options.workers, 1)
-    decode_all(plan, workers)
+    decode_all(plan, options.workers)
     delays = find_delays(plan)
-    measure_all(plan, delays, options.asr_model, workers)
+    measure_all(plan, delays, options.asr_model, options.workers)
     if not options.no_speed:
         time_all(plan)
 
@@ -444,7 +443,7 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     add("--examples", type=count, default=4, help="recordings to listen to in report.html (default: 4)")
     add("--no_audio", action="store_true", help="report.html without players, for recordings that must not be passed on")
     add("--no_speed", action="store_true", help="no real-time factors")
-    add("--workers", type=count, default=os.cpu_count() or 1, help="processes, of one thread each (default: one a core)")
+    add("--workers", type=count, default=os.cpu_count() or 1, help="processes of one thread (default: one a core; 0: this one)")
     add("--compare", nargs=2, type=Path, metavar="JSON", help="paired differences of two evaluations, and nothing else")
     options = parser.parse_args(arguments)
     options.arguments = arguments

@@ -11,7 +11,6 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from codec.files import write_atomically
@@ -63,12 +62,13 @@ def run_jobs(
     """`function(*job)` in processes of one thread; its rows go to the ledger as they come.
 
     Args:
+        n_workers: 0: in this process, where a job that takes its process with it ends everything.
         split: `split(*job)` are the parts of a job that took its process with it, as a crash in a metric's C code does.
         dead: `dead(*part)` are the rows of a part that did so alone.
     Raises:
         what `function` raises; jobs that have not begun are left.
     """
-    os.environ |= dict.fromkeys(THREADS, "1")  # of the workers: those of NumPy and others would fight over the cores
+    os.environ |= dict.fromkeys(THREADS, "1")  # of the workers: those of torch and NumPy would fight over the cores
     bar = tqdm(total=len(jobs), desc=title, unit="job", disable=not jobs)
     while jobs:
         left = _run_pool(function, jobs, n_workers, ledger, bar)
@@ -86,9 +86,16 @@ def _run_pool(
     function: Callable, jobs: list[tuple], n_workers: int, ledger: Ledger, bar: tqdm | None = None
 ) -> list[tuple]:
     """Run jobs; those that were not done because a process died, in order."""
+    if n_workers == 0:
+        for job in jobs:
+            for row in function(*job):
+                ledger.add(row)
+            if bar:
+                bar.update()
+        return []
     done: set[int] = set()
     context = get_context("spawn")  # forking a process whose torch has threads can hang
-    with ProcessPoolExecutor(min(n_workers, len(jobs)), context, torch.set_num_threads, (1,)) as pool:
+    with ProcessPoolExecutor(min(n_workers, len(jobs)), context) as pool:
         futures: dict[Future, int] = {pool.submit(function, *job): number for number, job in enumerate(jobs)}
         try:
             for future in as_completed(futures):
