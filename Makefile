@@ -29,10 +29,10 @@ demo: .venv/.ready
 	@$(PYTHON) demo/fetch_programs.py .tools opus-tools || true
 	BIN=$(BIN) DATA="$(DATA)" bash demo/run.sh
 
-# Tests of what could not be set up are skipped.
+# Tests of what could not be set up are skipped. Two at a time; the tests of a file stay together, as they share runs.
 test: .venv/.ready
 	-@$(MAKE) --no-print-directory eval
-	$(BIN)/python -m pytest -q tests
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests
 
 lint: .venv/.ready
 	$(BIN)/ruff check .

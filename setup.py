@@ -37,7 +37,7 @@ setup(
             "hama>=1.7",
             "faster-whisper>=1.2",
         ],
-        "dev": ["pytest>=8", "ruff>=0.6"],
+        "dev": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.6", "playwright>=1.50"],
     },
     entry_points={"console_scripts": ["codec=codec.cli:main"]},
 )

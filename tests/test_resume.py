@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from codec.checkpoint import find_checkpoint
 from codec.runlog import read_metrics
+from train_codec_gan import main
 
 SCRIPT = Path(__file__).parent.parent / "train_codec_gan.py"
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -56,28 +57,43 @@ def tensors(run_dir: Path) -> dict:
             for name, value in load_file(path).items()}  # fmt: skip
 
 
+def changes(n_processes: int) -> tuple[str, ...]:
+    return ("--set", "phases.1.steps=17", "train.checkpoint_every=5", "train.val_every=10", "model.quantizer.dropout=0.5",
+            f"losses.balancer={'true' if n_processes == 2 else 'false'}")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole_run(manifest, tmp_path_factory) -> tuple[Path, str]:
+    """A run of one process that nothing stopped, and what it said."""
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    finished = run(manifest, run_dir, 1, *changes(1))
+    assert finished.returncode == 0, finished.stderr
+    return run_dir, finished.stderr
+
+
 @pytest.mark.parametrize("n_processes", [1, 2], ids=["one process", "two processes"])
-def test_a_killed_run_resumes_to_the_same_bits(manifest, tmp_path, n_processes):
-    changes = ("--set", "phases.1.steps=37", "train.checkpoint_every=5", "train.val_every=20", "model.quantizer.dropout=0.5",
-               f"losses.balancer={'true' if n_processes == 2 else 'false'}")  # fmt: skip
-    whole = run(manifest, tmp_path / "whole", n_processes, *changes)
-    assert whole.returncode == 0, whole.stderr
-    process = start(manifest, tmp_path / "killed", n_processes, *changes)
+def test_a_killed_run_resumes_to_the_same_bits(manifest, tmp_path, n_processes, whole_run):
+    whole = whole_run[0]
+    if n_processes > 1:
+        whole = tmp_path / "whole"
+        finished = run(manifest, whole, n_processes, *changes(n_processes))
+        assert finished.returncode == 0, finished.stderr
+    process = start(manifest, tmp_path / "killed", n_processes, *changes(n_processes))
     kill_after_first_checkpoint(process, tmp_path / "killed", signal.SIGKILL)
     killed_at = json.loads((find_checkpoint(tmp_path / "killed") / "state.json").read_text())["step"]
-    assert 0 < killed_at < 40
-    resumed = run(manifest, tmp_path / "killed", n_processes, "--resume", *changes)
+    assert 0 < killed_at < 20
+    resumed = run(manifest, tmp_path / "killed", n_processes, "--resume", *changes(n_processes))
     assert resumed.returncode == 0, resumed.stderr
 
-    a, b = tensors(tmp_path / "whole"), tensors(tmp_path / "killed")
+    a, b = tensors(whole), tensors(tmp_path / "killed")
     assert a.keys() == b.keys() and len(a) > 100
     assert any(name.startswith("optimizers.d.") and name.endswith("exp_avg") for name in a)
     different = [name for name in a if not a[name].equal(b[name])]
     assert different == []
     # and the log is that of a run that was never stopped
     logs = [
-        [{k: v for k, v in line.items() if k != "time" and "audio_s_per_s" not in k} for line in read_metrics(tmp_path / name)]
-        for name in ("whole", "killed")
+        [{k: v for k, v in line.items() if k != "time" and "audio_s_per_s" not in k} for line in read_metrics(run_dir)]
+        for run_dir in (whole, tmp_path / "killed")
     ]
     assert logs[0] == logs[1]
 
@@ -94,10 +110,8 @@ def test_a_polite_signal_saves_and_leaves(manifest, tmp_path, number):
     assert state["step"] >= 3 and f"stopped at step {state['step']}" in said
 
 
-def test_a_run_logs_the_names_users_look_for(manifest, tmp_path):
-    run_dir = tmp_path / "run"
-    finished = run(manifest, run_dir, 1)
-    assert finished.returncode == 0, finished.stderr
+def test_a_run_logs_the_names_users_look_for(whole_run):
+    run_dir, said = whole_run
     names = {name for line in read_metrics(run_dir) for name in line}
     for name in ("loss_g", "loss_d", "adv_g", "feat", "mel", "vq", "acc_real", "acc_fake", "grad_norm_g", "grad_norm_d"):
         assert {f"train/{name}_step", f"train/{name}_epoch"} <= names, name
@@ -105,15 +119,27 @@ def test_a_run_logs_the_names_users_look_for(manifest, tmp_path):
         assert {f"val/{name}_step", f"val/{name}_epoch"} <= names, name
     assert {"train/lr_g_step", "train/lr_d_step", "train/audio_s_per_s_step"} <= names
     steps = [line["step"] for line in read_metrics(run_dir) if "train/loss_g_step" in line]
-    assert steps == list(range(1, 9))  # generator updates, each counted once
-    assert "val mel" in finished.stderr and "kbps" in finished.stderr
-    assert sorted(p.name for p in (run_dir / "checkpoints").glob("step_*"))[-1] == "step_00000008"
+    assert steps == list(range(1, 21))  # generator updates, each counted once
+    assert "val mel" in said and "kbps" in said
+    assert sorted(p.name for p in (run_dir / "checkpoints").glob("step_*"))[-1] == "step_00000020"
     assert (run_dir / "config.yaml").is_file() and list((run_dir / "tensorboard").glob("events*"))
 
-    again = run(manifest, run_dir, 1)  # a second run must not write into the first one's folder
+
+def test_a_second_run_must_not_write_into_the_first_ones_folder(manifest, whole_run):
+    again = run(manifest, whole_run[0], 1)
     assert again.returncode == 2 and len(again.stderr.strip().splitlines()[-1]) > 10
-    other = run(manifest, run_dir, 1, "--resume", "--set", "model.latent_dim=20")
-    assert other.returncode == 2 and "its model section differs" in other.stderr
+
+
+def call_main(monkeypatch, capsys, *args) -> tuple[int, str]:
+    """As run, in this process: the exit code and what was said."""
+    monkeypatch.setattr(sys, "argv", command(*args)[1:])
+    code = main()
+    return code, capsys.readouterr().err
+
+
+def test_resume_refuses_another_model(manifest, whole_run, monkeypatch, capsys):
+    code, said = call_main(monkeypatch, capsys, manifest, whole_run[0], 1, "--resume", "--set", "model.latent_dim=20")
+    assert code == 2 and "its model section differs" in said
 
 
 @pytest.mark.parametrize(
@@ -125,15 +151,15 @@ def test_a_run_logs_the_names_users_look_for(manifest, tmp_path):
     ],
     ids=["manifest", "segment", "rate"],
 )
-def test_bad_input_is_one_line_and_exit_code_2_and_leaves_no_run_behind(manifest, tmp_path, extra, said):
-    finished = run(manifest, tmp_path / "run", 1, *extra)
-    assert finished.returncode == 2 and said in finished.stderr
-    assert len(finished.stderr.strip().splitlines()) == 1
+def test_bad_input_is_one_line_and_exit_code_2_and_leaves_no_run_behind(manifest, tmp_path, extra, said, monkeypatch, capsys):
+    code, err = call_main(monkeypatch, capsys, manifest, tmp_path / "run", 1, *extra)
+    assert code == 2 and said in err and len(err.strip().splitlines()) == 1
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_that_stays_non_finite_stops_and_names_the_terms(manifest, tmp_path):
-    finished = run(manifest, tmp_path / "run", 1, "--set", "optim.lr_g=1e30", "train.max_skipped_in_row=3", "phases.1.steps=50")
-    assert finished.returncode == 2, finished.stderr
-    assert "update skipped, not finite" in finished.stderr
-    assert "3 updates in a row were not finite" in finished.stderr.strip().splitlines()[-1]
+def test_a_run_that_stays_non_finite_stops_and_names_the_terms(manifest, tmp_path, monkeypatch, capsys):
+    changes = ("--set", "optim.lr_g=1e30", "train.max_skipped_in_row=3", "phases.1.steps=50")
+    code, said = call_main(monkeypatch, capsys, manifest, tmp_path / "run", 1, *changes)
+    assert code == 2, said
+    assert "update skipped, not finite" in said
+    assert "3 updates in a row were not finite" in said.strip().splitlines()[-1]
