@@ -63,6 +63,7 @@ from codec.health import Diagnosis, History, diagnose
 from codec.layers import Transformer
 from codec.losses import (
     Balancer,
+    CompressedSpectralLoss,
     MelLoss,
     MultiScaleSpectralLoss,
     discriminator_loss,
@@ -95,6 +96,7 @@ class Training:
     optimizer_d: torch.optim.Optimizer
     mel_loss: MelLoss
     msspec_loss: MultiScaleSpectralLoss
+    cspec_loss: CompressedSpectralLoss
     balancer: Balancer | None
     averages: dict[str, Tensor]  # of the codec's parameters and codebooks, by name; empty without optim.ema_decay
 
@@ -209,6 +211,8 @@ def reconstruction_terms(wav: Tensor, wav_hat: Tensor, t: Training, config: Conf
         terms["mel"] = t.mel_loss(wav, wav_hat)
     if weights.msspec > 0:
         terms["msspec"] = t.msspec_loss(wav, wav_hat)
+    if weights.cspec > 0:
+        terms["cspec"] = t.cspec_loss(wav, wav_hat)
     return terms
 
 
@@ -346,6 +350,7 @@ def build(config: Config, device: torch.device, teachers: Teachers | None = None
         codec, discriminators, heads, optimizer_g, optimizer_d,
         MelLoss(config.model.sample_rate, losses.mel_windows, losses.mel_bins, losses.mel_floor).to(device),
         MultiScaleSpectralLoss(losses.msspec_windows, losses.msspec_log_weight).to(device),
+        CompressedSpectralLoss(losses.cspec_windows, losses.cspec_power, losses.cspec_phase_share).to(device),
         Balancer(mean_over_ranks=distributed.mean_over_ranks) if losses.balancer else None,
         averages,
     )  # fmt: skip
@@ -483,7 +488,7 @@ def load_initial(folder: Path, t: Training, config: Config) -> tuple[bool, range
     weights, heads = folder / "discriminators.safetensors", folder / "heads.safetensors"
     alike = weights.is_file() and saved.discriminators == config.discriminators
     if alike:
-        load_into(unwrap(t.discriminators), load_tensors(weights), str(weights))
+        load_into(unwrap(t.discriminators), load_tensors(weights), str(weights))  # fp16 ones are copied into fp32
     if heads.is_file() and saved.distill == config.distill:
         load_into(unwrap(t.heads), load_tensors(heads), str(heads))
     return alike, added

@@ -127,13 +127,21 @@ def load_tensors(path: str | Path) -> dict[str, Tensor]:
 
 
 def inference_tensors(folder: str | Path) -> dict[str, Tensor]:
-    """A codec's tensors for use: the averaged ones where there are any, else those of the last update.
+    """A codec's tensors for use, in fp32: the averaged ones where there are any, else those of the last update.
+
+    Sums of codebooks that a compact folder leaves out are what its counts and codebooks say.
 
     Raises:
         ValueError: as `load_tensors`.
     """
     live, averaged = Path(folder) / "model.safetensors", Path(folder) / "ema.safetensors"
-    return load_tensors(live) | (load_tensors(averaged) if averaged.is_file() else {})
+    tensors = load_tensors(live) | (load_tensors(averaged) if averaged.is_file() else {})
+    tensors = {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
+    for name in [name for name in tensors if name.endswith("ema_count")]:
+        stem = name.removesuffix("ema_count")
+        if stem + "ema_sum" not in tensors and stem + "codebooks" in tensors:
+            tensors[stem + "ema_sum"] = tensors[stem + "codebooks"] * tensors[name][..., None]
+    return tensors
 
 
 def load_state(checkpoint: str | Path) -> dict:

@@ -18,6 +18,7 @@ from codec.pretrained import read_json, resolve
 
 USER_ERROR = 2
 CODEC_HELP = "a run, checkpoint or pretrained folder, or a hub id"
+OR_BASE = " (default: base, the model of this package)"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -88,7 +89,7 @@ def info(options: argparse.Namespace) -> None:
 
 def convert(options: argparse.Namespace) -> None:
     """Weights of transformers' DAC, EnCodec or Mimi to ours, ours to theirs, or a run to a folder to publish."""
-    print(convert_weights(options.source, options.output, options.to, options.which))
+    print(convert_weights(options.source, options.output, options.to, options.which, options.compact))
 
 
 def _file_lines(path: Path) -> dict[str, str]:
@@ -178,14 +179,14 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
         command.add_argument("input", type=Path, help=help_in)
         command.add_argument("output", type=Path, help=help_out)
-        command.add_argument("--checkpoint", required=True, help=CODEC_HELP)
+        command.add_argument("--checkpoint", default="base", help=CODEC_HELP + OR_BASE)
         command.add_argument("--device", default="cpu", help="cpu (default), cuda, ...")
         if run is not decode:
             command.add_argument("--n_codebooks", type=int, help="use only the first so many (default all)")
         _add_which(command)
         command.set_defaults(run=run)
     command = commands.add_parser("info", help=info.__doc__, description=info.__doc__)
-    command.add_argument("path", type=Path, help=f"codec file, or {CODEC_HELP}")
+    command.add_argument("path", type=Path, nargs="?", default=Path("base"), help=f"codec file, or {CODEC_HELP}{OR_BASE}")
     _add_which(command)
     command.set_defaults(run=info)
     command = commands.add_parser("convert", help=convert.__doc__, description=convert.__doc__)
@@ -193,6 +194,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--from", dest="source", required=True, metavar="FOLDER_OR_HUB_ID",
                          help=f"transformers' weights, or {CODEC_HELP}")  # fmt: skip
     command.add_argument("--to", choices=("codec", "transformers"), default="codec", help="who shall load it (default codec)")
+    command.add_argument("--compact", action="store_true", help="fp16, with the config and discriminators of a run beside")
     _add_which(command)
     command.set_defaults(run=convert)
     for module in (teachers, align, probe, doctor):

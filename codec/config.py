@@ -184,6 +184,9 @@ class LossesConfig:
     mel_bins: tuple[int, ...] = (5, 10, 20, 40, 80, 160, 320)
     mel_floor: float = 1e-5  # smallest magnitude told apart; a low one spends the gradient on silence
     msspec_windows: tuple[int, ...] = (64, 128, 256, 512, 1024)
+    cspec_windows: tuple[int, ...] = (512, 1024)
+    cspec_power: float = 0.3  # that compresses its magnitudes
+    cspec_phase_share: float = 0.5  # of it that hears phases too
     msspec_log_weight: Literal["sqrt", "one"] = "sqrt"  # of the log term: the root of half the window, or 1 (EnCodec)
     balancer: bool = False  # weights become shares of the gradient at the output; vq stays outside
 
@@ -218,6 +221,7 @@ class LossWeights:
     scale: float = 0.0
     mel: float = 0.0
     msspec: float = 0.0
+    cspec: float = 0.0
     commit: float = 0.0
     codebook: float = 0.0
     llm: float = 0.0
@@ -701,7 +705,8 @@ def _validate_shapes(config: Config, where: str) -> None:
     if len(losses.mel_windows) != len(losses.mel_bins):
         raise ValueError(f"{where}: losses.mel_windows has {len(losses.mel_windows)} items, losses.mel_bins "
                          f"{len(losses.mel_bins)}; they go in pairs")  # fmt: skip
-    windows = [("losses.mel_windows", losses.mel_windows), ("losses.msspec_windows", losses.msspec_windows)]
+    windows = [("losses.mel_windows", losses.mel_windows), ("losses.msspec_windows", losses.msspec_windows),
+               ("losses.cspec_windows", losses.cspec_windows)]
     windows += [(f"discriminators.sets.{i}.windows", getattr(member, "windows", ()))
                 for i, member in enumerate(config.discriminators.sets)]  # fmt: skip
     for key, sizes in windows:

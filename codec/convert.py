@@ -25,9 +25,11 @@ from codec.config import (
     FactorizedQuantizerConfig,
     ModelConfig,
     TransformerConfig,
+    dump_config,
     fitting_configs,
     model_config,
     model_differences,
+    parse_config,
     to_dict,
 )
 from codec.files import write_atomically
@@ -36,6 +38,7 @@ from codec.pretrained import (
     CONVERTIBLE,
     NORM,
     WEIGHTS,
+    compact,
     fetch,
     new_folder,
     not_ours,
@@ -57,7 +60,7 @@ PAD_MODES = {"constant": "zeros", "reflect": "reflect", "replicate": "replicate"
 USAGE_FLOOR = 1e-5  # Mimi's entries are embed_sum / max(cluster_usage, this)
 
 
-def convert(source: str, out: str | Path, to: str = "codec", which: str = "latest") -> str:
+def convert(source: str, out: str | Path, to: str = "codec", which: str = "latest", small: bool = False) -> str:
     """Write `source` as a pretrained folder, or as a folder that transformers' AutoModel reads.
 
     Args:
@@ -65,6 +68,7 @@ def convert(source: str, out: str | Path, to: str = "codec", which: str = "lates
         out: a new folder.
         to: "codec" or "transformers".
         which: "latest" or "best", where source is a run.
+        small: write fp16, and beside the weights what fine-tuning wants of a run: its config and discriminators.
     Returns:
         One line on what was written.
     Raises:
@@ -72,7 +76,9 @@ def convert(source: str, out: str | Path, to: str = "codec", which: str = "lates
     """
     folder = fetch(source)
     raw = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    name = public_name(source)
+    if small and to == "transformers":
+        raise ValueError("--compact: is for our own folders, got --to transformers; leave one of them out")
+    name, beside = public_name(source), {}
     about, title, training = {"source": name}, name.split("/")[-1], source_section(name)
     if "model_type" in raw:
         if to == "transformers":
@@ -83,6 +89,8 @@ def convert(source: str, out: str | Path, to: str = "codec", which: str = "lates
         model, tensors = read_model(folder), inference_tensors(folder)
         if (folder / "state.json").is_file():
             about["step"], training = load_state(folder)["step"], run_section(folder)
+            if small:
+                beside = run_files(folder)
             if folder.resolve().parent.name == "checkpoints":
                 title = folder.resolve().parent.parent.name
     problems = misfits(tensors, state_names(model))
@@ -91,10 +99,23 @@ def convert(source: str, out: str | Path, to: str = "codec", which: str = "lates
     if to == "transformers":
         write_transformers(out, model, tensors, title, training)
         return f"{out}: written for transformers"
-    write_pretrained(out, model, tensors, model_card(model, n_weights(tensors), title=title, training=training), about)
+    card = model_card(model, n_weights(tensors), title=title, training=training)
+    write_pretrained(out, model, compact(tensors) if small else tensors, card, about, beside)
     fitting = ", ".join(f"configs/{Path(path).name}" for path in fitting_configs(model, CONFIGS))
     return (f"{out}: a pretrained folder; train it further by train.init_from={out} with "
             f"{fitting or 'a config that has the model section of its config.json'}")  # fmt: skip
+
+
+def run_files(folder: Path) -> dict[str, dict[str, Tensor] | str]:
+    """What fine-tuning wants of a checkpoint: its config, without private paths, and its discriminators in fp16."""
+    path = folder / "config.yaml"
+    config = parse_config(path.read_text(encoding="utf-8"), str(path))
+    data, train = replace(config.data, manifest=public_name(config.data.manifest)), config.train
+    train = replace(train, init_from=public_name(train.init_from) if train.init_from else "")
+    beside = {"config.yaml": dump_config(replace(config, data=data, train=train))}
+    if config.discriminators.sets:
+        beside["discriminators.safetensors"] = compact(load_tensors(folder / "discriminators.safetensors"))
+    return beside
 
 
 # -------------------------------------------------------------------------- the tables of names

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-TERMS = ("adv", "feat", "wave", "scale", "mel", "msspec", "commit", "codebook", "llm", "wavlm", "pitch")
+TERMS = ("adv", "feat", "wave", "scale", "mel", "msspec", "cspec", "commit", "codebook", "llm", "wavlm", "pitch")
 LEVELS = range(64)  # codebooks that have names here
 KNOWN = frozenset(
     [f"train/{name}" for name in (
@@ -359,7 +359,7 @@ def discriminator_fooled(h: History) -> Finding | None:
 def nothing_heard(h: History) -> Finding | None:
     """Fatal from scratch; a codec that speaks already may be tuned so, and is watched."""
     weights = {name: h.last(f"train/weight_{name}") for name in TERMS}
-    if not (weights["adv"] > 0 or weights["feat"] > 0) or any(weights[name] > 0 for name in ("wave", "mel", "msspec")):
+    if not (weights["adv"] > 0 or weights["feat"] > 0) or any(weights[name] > 0 for name in ("wave", "mel", "msspec", "cspec")):
         return None
     mel = h.values("val/mel", h.phase_start)
     fresh = not h.last("train/phase", 0) and not h.last("train/from_weights", 0)
@@ -378,7 +378,8 @@ def stuck_teacher(h: History) -> Finding | None:
         return found(9, f"wavlm {loss[-1]:.3g}: alignment of codebooks 0+1 fails, similarity {1 - loss[-1]:.2f}", 0.8) if (
             len(loss) and loss[-1] > 0.5) else None  # fmt: skip
     asked = h.recent("train/grad_wavlm_to_1")
-    others = [h.recent(f"train/grad_{name}_to_1") for name in ("wave", "scale", "mel", "msspec", "adv", "feat", "balanced")]
+    heard = ("wave", "scale", "mel", "msspec", "cspec", "adv", "feat", "balanced")
+    others = [h.recent(f"train/grad_{name}_to_1") for name in heard]
     share = ratio(float(np.nansum(others)), asked)
     if len(gains) >= 3 and gains[-1] < 0.2 and gains[-1] - gains[len(gains) // 2] < 0.02 and share > 10:
         return found(9, f"wavlm is {100 * gains[-1]:.0f} % of the way from a constant answer to perfect and no longer moves; "
@@ -414,7 +415,7 @@ def false_mel(h: History) -> Finding | None:
 def diverges(h: History) -> Finding | None:
     """By what compares signals; by loss_g where no adversary moves it."""
     adversarial = len(h.values("train/adv_g", h.phase_start))
-    for name in (*["train/loss_g"] * (not adversarial), "train/mel", "train/msspec", "train/wave"):
+    for name in (*["train/loss_g"] * (not adversarial), "train/mel", "train/msspec", "train/cspec", "train/wave"):
         loss, heard = h.values(name, h.phase_start), h.values("val/mel", h.phase_start)
         if len(loss) < 9:
             continue

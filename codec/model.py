@@ -63,11 +63,12 @@ class Codec(nn.Module):
         return hashlib.sha256(head + codebooks.numpy().tobytes()).hexdigest()[:16]
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, which: str = "latest") -> "Codec":
+    def from_pretrained(cls, path: str | Path = "base", which: str = "latest") -> "Codec":
         """A trained codec for inference: eval mode, weight norm folded, averaged weights where the run kept them.
 
         Args:
-            path: a run folder, one of its checkpoints, a pretrained folder, or an id on the Hugging Face hub.
+            path: a run folder, one of its checkpoints, a pretrained folder, or an id on the Hugging Face hub; default: the
+                model that comes with this package.
             which: "latest" or "best", where path is a run folder.
         Raises:
             ValueError: no codec there, or its tensors do not fit its config; one line.

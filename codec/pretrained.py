@@ -5,6 +5,9 @@ A pretrained folder is what one publishes:
     config.json         {"format": "codec", "version": 1, "model": {...}} and, where known, "source" and "step"
     model.safetensors   by the names of Codec(model).state_dict(), weight norm in place: training can go on from it
     README.md           the model card
+
+A compact one holds its tensors in fp16 and can also hold config.yaml and discriminators.safetensors, so that training goes
+on with the same adversary. The one that comes with this package is called "base".
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from codec.files import write_atomically
 
 FORMAT, VERSION = "codec", 1
 WEIGHTS = "model.safetensors"
+BASE = Path(__file__).parent / "base"
 CONVERTIBLE = ("dac", "encodec", "mimi")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 HUB_FILES = ("config.json", WEIGHTS, WEIGHTS + ".index.json", "config.yaml", "state.json", "ema.safetensors")
@@ -36,12 +40,14 @@ NORM = ".parametrizations.weight.original"  # NORM + "0" is the gain g, NORM + "
 
 
 def fetch(path_or_hub_id: str | Path) -> Path:
-    """The local folder itself, or the folder a hub id was downloaded to.
+    """The local folder itself, the package's own for "base", or the folder a hub id was downloaded to.
 
     Raises:
         ValueError: no such folder, and the hub does not give it either, or no safetensors; one line.
     """
     path, hub_id = Path(path_or_hub_id), str(path_or_hub_id)
+    if hub_id == "base" and not path.exists():
+        return BASE
     if path.exists() or not HUB_ID.fullmatch(hub_id):
         return path
     owner = Path(hub_id).parts[0]
@@ -72,7 +78,7 @@ def resolve(path_or_hub_id: str | Path, which: str = "latest") -> Path:
     """The folder that holds a codec's model.safetensors, with config.yaml (a checkpoint) or our config.json beside it.
 
     Args:
-        path_or_hub_id: a run, one of its checkpoints, a pretrained folder, or "owner/name" on the hub.
+        path_or_hub_id: a run, one of its checkpoints, a pretrained folder, "base", or "owner/name" on the hub.
         which: "latest" or "best", where it is a run.
     Raises:
         ValueError: there is none, or the weights there are sharded, pickled or of another architecture; one line.
@@ -106,20 +112,39 @@ def read_model(folder: Path) -> ModelConfig:
     return parse_config(path.read_text(encoding="utf-8"), str(path)).model
 
 
-def write_pretrained(path: str | Path, model: ModelConfig, tensors: dict[str, Tensor], card: str, about: dict) -> None:
+def write_pretrained(path: str | Path, model: ModelConfig, tensors: dict[str, Tensor], card: str, about: dict,
+                     beside: dict[str, dict[str, Tensor] | str] | None = None) -> None:  # fmt: skip
     """Write a pretrained folder whole.
 
     Args:
         tensors: by the names of Codec(model).state_dict(), weight norm in place.
         about: what else config.json tells: "source", "step".
+        beside: further files by name, tensors or text.
     Raises:
         ValueError: path exists and is not an empty folder.
     """
     config = {"format": FORMAT, "version": VERSION, **about, "model": to_dict(model)}
     with new_folder(path) as folder:
-        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, folder / WEIGHTS)
-        write_atomically(folder / "config.json", json.dumps(config, indent=1) + "\n")
-        write_atomically(folder / "README.md", card)
+        texts = {"config.json": json.dumps(config, indent=1) + "\n", "README.md": card}
+        for name, content in {WEIGHTS: tensors, **texts, **(beside or {})}.items():
+            if isinstance(content, str):
+                write_atomically(folder / name, content)
+            else:
+                save_file({key: value.detach().cpu().contiguous() for key, value in content.items()}, folder / name)
+
+
+def compact(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors in fp16, without the sums of codebooks, which counts and codebooks give again.
+
+    Raises:
+        ValueError: a value is larger than fp16 holds.
+    """
+    sums = {name for name in tensors if name.endswith("ema_sum") and name.removesuffix("ema_sum") + "codebooks" in tensors}
+    halves = {name: value.half() if value.is_floating_point() else value for name, value in tensors.items() if name not in sums}
+    large = [name for name, value in halves.items() if value.is_floating_point() and not value.isfinite().all()]
+    if large:
+        raise ValueError(f"{large[0]}: holds values that fp16 cannot (its largest is 65504); leave --compact out")
+    return halves
 
 
 @contextlib.contextmanager

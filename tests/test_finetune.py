@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY, speech_like, tiny_config
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import train_codec_gan
+from codec import cli
 from codec.checkpoint import find_checkpoint, load_state
 from codec.config import disc_warmup, phase_config
 from codec.model import Codec
@@ -89,6 +90,41 @@ def test_a_new_run_starts_from_a_pretrained_folder(manifest, source, tmp_path):
     assert load_initial(resolve(tmp_path / "published"), t, config)[0] is False  # it holds no discriminators
     torch.testing.assert_close(t.codec.eval()(batch()).wav_hat, codec(batch()).wav_hat)
     assert differing(t.averages, t.codec.state_dict()) == []
+
+
+def test_a_compact_folder_is_half_as_large_sounds_alike_and_brings_its_discriminators(manifest, source, tmp_path):
+    out = tmp_path / "compact"
+    assert cli.main(["convert", "--from", str(source), str(out), "--compact"]) == 0
+    checkpoint = find_checkpoint(source)
+    weights, before = (load_file(folder / "model.safetensors") for folder in (out, checkpoint))
+    assert sum(value.nbytes for value in weights.values()) < 0.5 * sum(value.nbytes for value in before.values())
+    assert {str(value.dtype) for value in weights.values()} == {"torch.float16"}
+    assert str(manifest.parent) not in (out / "config.yaml").read_text()  # nobody's folders are published
+    one, other = Codec.from_pretrained(source), Codec.from_pretrained(out)
+    wav_hat, compact = (codec(batch()).wav_hat for codec in (one, other))
+    assert (wav_hat - compact).norm() < 0.02 * wav_hat.norm() and not wav_hat.equal(compact)
+
+    t = build(settings(manifest), CPU)
+    discriminators_came, _ = load_initial(resolve(out), t, settings(manifest))
+    assert discriminators_came
+    trained = load_file(checkpoint / "discriminators.safetensors")
+    assert all((value - trained[name]).abs().max() < 1e-3 for name, value in t.discriminators.state_dict().items())
+    quantizer = t.codec.quantizer
+    assert quantizer.ema_sum.allclose(quantizer.codebooks * quantizer.ema_count[..., None])  # left out, and given again
+    assert all(p.dtype == torch.float32 for p in t.codec.parameters())
+
+
+def test_values_that_fp16_cannot_hold_are_refused(source, tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    shutil.copytree(source, run_dir)
+    for name in ("model", "ema"):
+        path = find_checkpoint(run_dir) / f"{name}.safetensors"
+        tensors = load_file(path)
+        tensors["quantizer.project_in.weight"][0, 0] = 1e5
+        save_file(tensors, path)
+    assert cli.main(["convert", "--from", str(run_dir), str(tmp_path / "out"), "--compact"]) == 2
+    assert "quantizer.project_in.weight: holds values that fp16 cannot" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_codebooks_are_not_started_anew(manifest, source, tmp_path, capsys):

@@ -10,6 +10,7 @@ from conftest import speech_like, tiny_config
 from codec.config import phase_config
 from codec.losses import (
     Balancer,
+    CompressedSpectralLoss,
     MelLoss,
     MultiScaleSpectralLoss,
     discriminator_loss,
@@ -210,14 +211,47 @@ def test_msspec_matches_numpy(noise, log_weight):
     assert MultiScaleSpectralLoss((64, 256), log_weight)(wav, wav_hat).item() == pytest.approx(total / weight_sum, rel=1e-3)
 
 
-@pytest.mark.parametrize("loss", [MelLoss(16000, (64, 1024), (10, 80)), MultiScaleSpectralLoss()], ids=["mel", "ms"])
+def test_cspec_matches_numpy(noise):
+    wav, wav_hat = noise
+    total = 0.0
+    for n in (64, 256):
+        window = np.hanning(n + 1)[:-1]
+        window = window / np.sqrt((window**2).sum())
+        compressed = []
+        for x in (wav, wav_hat):
+            padded = np.pad(x.numpy()[:, 0].astype(np.float64), ((0, 0), (n // 2, n // 2)), mode="reflect")
+            frames = np.lib.stride_tricks.sliding_window_view(padded, n, axis=1)[:, :: n // 4]
+            spectrum = np.fft.rfft(frames * window)
+            compressed.append(np.abs(spectrum) ** 0.4 * np.exp(1j * np.angle(spectrum)))
+        a, b = compressed
+        total += 0.7 * np.abs(np.abs(a) - np.abs(b)).mean()
+        total += 0.3 * (np.abs((a - b).real) + np.abs((a - b).imag)).mean()
+    assert CompressedSpectralLoss((64, 256), 0.4, 0.3)(wav, wav_hat).item() == pytest.approx(total / 2, rel=1e-3)
+
+
+def test_compression_hears_an_error_in_the_quiet_band_that_samples_hardly_do():
+    t = torch.arange(16000) / 16000
+    loud, quiet = torch.sin(2 * math.pi * 200 * t), 0.01 * torch.sin(2 * math.pi * 5000 * t)
+    wav = (loud + quiet)[None, None]
+    without_quiet, loud_off = loud[None, None], (1.01 * loud + quiet)[None, None]  # errors of the same energy
+    of_samples = waveform_loss(wav, without_quiet) / waveform_loss(wav, loud_off)
+    compressed, linear = CompressedSpectralLoss(), CompressedSpectralLoss(power=1.0)
+    assert of_samples == pytest.approx(1, rel=0.05)
+    assert linear(wav, without_quiet) / linear(wav, loud_off) < 2  # known wrong: not compressed
+    assert compressed(wav, without_quiet) / compressed(wav, loud_off) > 10
+
+
+LOSSES = [MelLoss(16000, (64, 1024), (10, 80)), MultiScaleSpectralLoss(), CompressedSpectralLoss()]
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=["mel", "ms", "c"])
 def test_spectral_losses_are_zero_for_equal_sounds_and_grow_with_the_error(loss, noise):
     wav, other = noise
     values = [loss(wav, wav + share * other).item() for share in (0.0, 0.1, 0.3, 1.0)]
     assert values[0] == 0 and values == sorted(values)
 
 
-@pytest.mark.parametrize("loss", [MelLoss(16000, (64, 1024), (10, 80)), MultiScaleSpectralLoss()], ids=["mel", "ms"])
+@pytest.mark.parametrize("loss", LOSSES, ids=["mel", "ms", "c"])
 def test_spectral_losses_have_finite_gradients_in_silence_and_leave_the_target_alone(loss, noise):
     target = noise[0].clone().requires_grad_()
     silence = torch.zeros_like(target).requires_grad_()
@@ -225,7 +259,7 @@ def test_spectral_losses_have_finite_gradients_in_silence_and_leave_the_target_a
     assert silence.grad.isfinite().all() and target.grad is None
 
 
-@pytest.mark.parametrize("loss", [MelLoss(16000, (64, 1024), (10, 80)), MultiScaleSpectralLoss()], ids=["mel", "ms"])
+@pytest.mark.parametrize("loss", LOSSES, ids=["mel", "ms", "c"])
 def test_spectral_losses_are_the_same_under_autocast(loss, noise):
     with torch.autocast("cpu", torch.bfloat16):
         inside = loss(*noise)
