@@ -148,8 +148,8 @@ def _verdict(results: dict, verdict: dict, opened: bool) -> str:
     unlike, rates = _rates(results, verdict)
     return (f'<article class="card{" unlike" * unlike}"><h3>{escape(verdict["ours"])} against {escape(verdict["theirs"])}</h3>'
             f'{rates}<div class="counts">{counts}</div>'
-            f'<details{" open" if opened else ""}><summary>Differences</summary><ul class="tags">{tags}</ul></details>'
-            "</article>")  # fmt: skip
+            f'<details{" open" if opened else ""}><summary>Ours minus theirs [95 %]</summary>'
+            f'<ul class="tags">{tags}</ul></details></article>')  # fmt: skip
 
 
 def _rates(results: dict, verdict: dict) -> tuple[bool, str]:

@@ -84,7 +84,8 @@ def _notes(recordings: list[Recording], split: str, trained_on: set[str]) -> lis
     if split == "train":
         return ["training used these recordings: the manifest has no others"]
     speakers = {recording.speaker for recording in recordings}
-    return [f"{len(speakers & trained_on)} of {len(speakers)} speakers have other recordings in the training split"]
+    n, heard = len(speakers), len(speakers & trained_on) or "none"
+    return [f"{n} speaker{'s' * (n != 1)}, of whom training heard {heard} in other recordings"]
 
 
 def read_wav(path: Path) -> np.ndarray:

@@ -401,7 +401,7 @@ def test_without_a_test_split_others_are_taken_and_it_is_said(tmp_path):
                       "language": "te"})  # fmt: skip
     (tmp_path / "m.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = read_test_set(tmp_path / "m.jsonl")
-    assert found.split == "val" and found.notes == ["1 of 1 speakers have other recordings in the training split"]
+    assert found.split == "val" and found.notes == ["1 speaker, of whom training heard 1 in other recordings"]
     assert found.recordings[0].clip == Clip("b.wav", None, "te")
     (tmp_path / "m.jsonl").write_text(json.dumps(lines[0]) + "\n")
     assert "training used these recordings" in read_test_set(tmp_path / "m.jsonl").notes[0]
