@@ -7,7 +7,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["codec", "codec.*"]),
-    package_data={"codec": ["page.html"]},
+    package_data={"codec": ["page.html", "base/*"]},
     py_modules=["train_codec_gan", "prepare_speaker_data", "evaluate_codec"],
     install_requires=[
         "torch>=2.11",

@@ -30,6 +30,8 @@ from codec.config import (
     model_config,
     model_differences,
     parse_config,
+    phase_at,
+    phase_config,
     to_dict,
 )
 from codec.files import write_atomically
@@ -107,13 +109,14 @@ def convert(source: str, out: str | Path, to: str = "codec", which: str = "lates
 
 
 def run_files(folder: Path) -> dict[str, dict[str, Tensor] | str]:
-    """What fine-tuning wants of a checkpoint: its config, without private paths, and its discriminators in fp16."""
+    """What fine-tuning wants of a checkpoint: its config, without private paths, and discriminators that learned, in fp16."""
     path = folder / "config.yaml"
     config = parse_config(path.read_text(encoding="utf-8"), str(path))
     data, train = replace(config.data, manifest=public_name(config.data.manifest)), config.train
     train = replace(train, init_from=public_name(train.init_from) if train.init_from else "")
     beside = {"config.yaml": dump_config(replace(config, data=data, train=train))}
-    if config.discriminators.sets:
+    last = phase_at(config, load_state(folder)["step"] - 1)
+    if any(phase_config(config, index).loss_weights.adversarial for index in range(last + 1)):
         beside["discriminators.safetensors"] = compact(load_tensors(folder / "discriminators.safetensors"))
     return beside
 

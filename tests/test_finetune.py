@@ -114,6 +114,13 @@ def test_a_compact_folder_is_half_as_large_sounds_alike_and_brings_its_discrimin
     assert all(p.dtype == torch.float32 for p in t.codec.parameters())
 
 
+def test_discriminators_that_never_learned_are_not_published(source, tmp_path):
+    before = find_checkpoint(source).parent / "step_00000002"  # the last update without an adversary
+    assert cli.main(["convert", "--from", str(before), str(tmp_path / "compact"), "--compact"]) == 0
+    assert sorted(path.name for path in (tmp_path / "compact").iterdir()) == [
+        "README.md", "config.json", "config.yaml", "model.safetensors"]  # fmt: skip
+
+
 def test_values_that_fp16_cannot_hold_are_refused(source, tmp_path, capsys):
     run_dir = tmp_path / "run"
     shutil.copytree(source, run_dir)

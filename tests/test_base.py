@@ -1,0 +1,83 @@
+"""The model that comes with the package: there, small, the default, and something to fine-tune from."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile as sf
+import torch
+from conftest import speech_like
+
+from codec import cli
+from codec.config import load_config
+from codec.model import Codec
+from codec.pretrained import BASE, resolve
+from train_codec_gan import build, load_initial
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def base() -> Codec:
+    return Codec.from_pretrained()
+
+
+@pytest.fixture
+def speech(tmp_path) -> Path:
+    path = tmp_path / "in.wav"
+    sf.write(path, speech_like(3 * 24000 + 7, 24000, seed=5), 24000, subtype="PCM_16")
+    return path
+
+
+def test_it_is_in_the_package_within_15_mb():
+    files = [path for path in BASE.rglob("*") if path.is_file()]
+    assert {"config.json", "config.yaml", "model.safetensors", "README.md"} <= {path.name for path in files}
+    assert sum(path.stat().st_size for path in files) <= 15e6
+    setup = (ROOT / "setup.py").read_text()
+    assert '"base/*"' in setup  # and so in the wheel
+    assert "/tmp" not in (BASE / "config.yaml").read_text() + (BASE / "README.md").read_text()
+
+
+def test_it_has_the_rates_it_was_trained_for(base):
+    assert base.sample_rate == 24000 and base.bitrate_kbps == pytest.approx(6.0)
+    assert base.config.quantizer.dropout_counts == (3, 6, 12)  # 1.5, 3 and 6 kbps
+    assert not any(p.requires_grad for p in base.parameters()) and not base.training
+    assert all(p.dtype == torch.float32 for p in base.parameters())
+
+
+def test_no_command_needs_to_name_it(base, speech, tmp_path, capsys):
+    out, coded, decoded = (tmp_path / name for name in ("out.wav", "out.codec", "decoded.wav"))
+    assert cli.main(["reconstruct", str(speech), str(out)]) == 0
+    assert cli.main(["encode", str(speech), str(coded)]) == 0
+    assert cli.main(["decode", str(coded), str(decoded)]) == 0
+    assert cli.main(["info"]) == 0
+    assert base.model_id in capsys.readouterr().out
+    wav, wav_hat = sf.read(speech)[0], sf.read(out)[0]
+    assert wav_hat.shape == wav.shape
+    np.testing.assert_array_equal(wav_hat, sf.read(decoded)[0])
+
+
+def test_more_bits_come_nearer_to_voiced_sound(base, speech):
+    wav = torch.from_numpy(sf.read(speech, dtype="float32")[0])[None, None]
+    error = [(base(wav, n).wav_hat - wav).square().mean() / wav.square().mean() for n in (3, 6, 12)]
+    assert error[0] > error[1] > error[2] and error[2] < 0.7
+
+
+@pytest.mark.parametrize("name", ["base", "base_cpu", "telugu_finetune"])
+def test_the_configs_fit_it(base, name):
+    assert load_config(ROOT / f"configs/{name}.yaml").model == base.config
+
+
+def test_fine_tuning_starts_from_it(base):
+    config = load_config(ROOT / "configs/telugu_finetune.yaml")
+    t = build(config, torch.device("cpu"))
+    load_initial(resolve(config.train.init_from), t, config)
+    for name, value in base.state_dict().items():
+        assert value.equal(t.codec.state_dict()[name]), name
+
+
+def test_a_folder_called_base_goes_before_it(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").mkdir()
+    with pytest.raises(ValueError, match="holds no complete checkpoint"):
+        Codec.from_pretrained("base")
