@@ -25,7 +25,7 @@ from recipes import n_parameters
 
 from codec import metrics
 from codec.audio import read_segment, resample_array
-from codec.config import Config, load_config, phase_config
+from codec.config import Config, load_config, phase_at, phase_config
 from codec.data import StepSampler, Utterance, read_manifest, segment_loader
 from codec.files import write_atomically
 from codec.model import Codec
@@ -40,22 +40,25 @@ WANTED = 0.80  # STOI
 
 @dataclass(frozen=True)
 class Rung:
-    """One recipe: a config, what changes it, and from which share of the time on it has an adversary."""
+    """One recipe: a config, what changes it, from which share of the time on it has an adversary, and until which share the
+    waveform comes first."""
 
     name: str
     config: str
     changes: tuple[str, ...]
     adversary_from: float
     what: str
+    waveform_until: float = 0.0
 
 
-def phases(adversary_from: float) -> list[str]:
-    """The phases of a run, in updates of which UPDATES are the whole."""
-    before = round(UPDATES * adversary_from)
-    off = "set: {loss_weights.adv: 0.0, loss_weights.feat: 0.0}"
-    parts = [f"{{name: reconstruction, steps: {before}, {off}}}"] * (before > 0)
-    parts += [f"{{name: adversarial, steps: {UPDATES - before}}}"] * (before < UPDATES)
-    return [f"phases=[{', '.join(parts)}]"]
+def phases(rung: Rung) -> str:
+    """`--set` item of a run's phases, in updates of which UPDATES are the whole."""
+    first, last = round(UPDATES * rung.waveform_until), round(UPDATES * rung.adversary_from)
+    alone = {"loss_weights.adv": 0.0, "loss_weights.feat": 0.0}
+    parts = [{"name": "waveform", "steps": first, "set": alone | {"loss_weights.wave": 5.0, "loss_weights.cspec": 1.0}},
+             {"name": "reconstruction", "steps": last - first, "set": alone},
+             {"name": "adversarial", "steps": UPDATES - last}]  # fmt: skip
+    return "phases=" + json.dumps([part for part in parts if part["steps"]])
 
 
 SEGMENTS = ("data.segments_per_epoch=4000", "data.n_workers=0", "train.precision=fp32")
@@ -95,14 +98,14 @@ LADDER = [
     Rung("spectral", "dac_24khz", DAC + FLOOR + LATE + EMA + SCALES + RATE + SPECTRAL, 0.9,
          "STFT, ConvNeXt at 50 frames a second, inverse STFT"),
     Rung("cspec", "dac_24khz", DAC + FLOOR + LATE + EMA + SCALES + RATE + SPECTRAL + CSPEC, 0.9,
-         "compressed complex spectra carry the waveform"),
-    Rung("ours", "base_cpu", RATE, 0.9, "one lean spectral discriminator, hinge: base_cpu.yaml"),
+         "compressed complex spectra, in the first half beside a strong waveform", 0.5),
+    Rung("ours", "base_cpu", RATE, 0.9, "one lean spectral discriminator, hinge: base_cpu.yaml", 0.5),
 ]  # fmt: skip
 
 
 def config_of(rung: Rung, manifest: Path) -> Config:
     return load_config(ROOT / f"configs/{rung.config}.yaml",
-                       [f"data.manifest={manifest}", *SEGMENTS, *rung.changes, *phases(rung.adversary_from)])  # fmt: skip
+                       [f"data.manifest={manifest}", *SEGMENTS, *rung.changes, phases(rung)])  # fmt: skip
 
 
 def read_validation(manifest: Path, sample_rate: int) -> list[np.ndarray]:
@@ -149,8 +152,7 @@ def run_rung(rung: Rung, manifest: Path, seconds: float) -> dict:
     looks, trained, updates = [], 0.0, 0
     while trained < seconds:
         started, step = time.monotonic(), min(int(UPDATES * trained / seconds), UPDATES - 1)
-        index = next(i for i, phase in enumerate(config.phases) if step < sum(p.steps for p in config.phases[: i + 1]))
-        train_step(next(batches)[0], t, phase_config(config, index), step)
+        train_step(next(batches)[0], t, phase_config(config, phase_at(config, step)), step)
         trained, updates = trained + time.monotonic() - started, updates + 1
         if trained >= seconds * (len(looks) + 1) / LOOKS:
             exchange_weights(t)  # with the averages, where the recipe keeps them

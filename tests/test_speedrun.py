@@ -50,7 +50,7 @@ def test_a_rung_trains_by_the_clock_and_is_looked_at(tmp_path, monkeypatch, caps
     manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
     small = ("model.quantizer.kmeans_frames=1024", "data.batch_size=2")
     rung = speedrun.LADDER[-1]
-    monkeypatch.setattr(speedrun, "LADDER", [speedrun.Rung(rung.name, rung.config, rung.changes + small, 0.5, rung.what)])
+    monkeypatch.setattr(speedrun, "LADDER", [speedrun.Rung(rung.name, rung.config, rung.changes + small, 0.6, rung.what, 0.3)])
     monkeypatch.setattr(speedrun, "LOOKS", 2)
     monkeypatch.setattr(sys, "argv", ["speedrun.py", "run", str(manifest), str(tmp_path / "out"), "--minutes", "0.1"])
     speedrun.main()
