@@ -53,6 +53,7 @@ from codec.measure import (
 )
 from codec.page import Example, render_page
 from codec.preflight import snr_bounds_db
+from codec.pretrained import fetch
 from codec.published import PUBLISHED
 from codec.report import compare, render_markdown
 from codec.summary import Figures, codebook_rows, group_means, headline, interval, pooled_snr_db, verdicts
@@ -274,7 +275,8 @@ def pick_examples(plan: Plan, delays: dict[str, int], n: int) -> list[Example]:
 
 def doctor_says(checkpoint: str) -> dict[str, str] | None:
     """The verdict on the training run that the checkpoint lies in, where its log is there."""
-    folders = (Path(checkpoint), *Path(checkpoint).resolve().parents[:2])
+    folder = fetch(checkpoint).resolve()
+    folders = (folder, *folder.parents[:2])
     log = next((folder / "metrics.jsonl" for folder in folders if (folder / "metrics.jsonl").is_file()), None)
     if log is None:
         return None
@@ -426,7 +428,7 @@ def evaluate(options: argparse.Namespace) -> dict:
 def parse_options(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--checkpoint", help="run, checkpoint or pretrained folder, or hub id")
+    add("--checkpoint", help="run, checkpoint or pretrained folder, hub id, or base: the package's own model")
     add("--manifest", help="manifest.jsonl of prepare_speaker_data.py")
     add("--out", type=Path, help="folder of the report and of the cache")
     add("--split", default="", help="of the manifest (default: test, else val, else train)")

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from codec import distributed, metrics, preflight
 from codec.checkpoint import (
+    discriminators_learned,
     find_checkpoint,
     grow,
     inference_tensors,
@@ -486,12 +487,12 @@ def load_initial(folder: Path, t: Training, config: Config) -> tuple[bool, range
     saved = parse_config((folder / "config.yaml").read_text(), str(folder / "config.yaml")) if (
         folder / "config.yaml").is_file() else None  # fmt: skip
     weights, heads = folder / "discriminators.safetensors", folder / "heads.safetensors"
-    alike = weights.is_file() and saved.discriminators == config.discriminators
+    alike = saved and discriminators_learned(folder, saved) and saved.discriminators == config.discriminators
     if alike:
         load_into(unwrap(t.discriminators), load_tensors(weights), str(weights))  # fp16 ones are copied into fp32
     if heads.is_file() and saved.distill == config.distill:
         load_into(unwrap(t.heads), load_tensors(heads), str(heads))
-    return alike, added
+    return bool(alike), added
 
 
 def open_data(config: Config) -> tuple[DistilledSegments, DistilledSegments]:

@@ -9,6 +9,7 @@ and el are left out of all three, for tests. A language of a package counts as a
 """
 
 import csv
+import io
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,8 @@ import tempfile
 from pathlib import Path
 
 import soundfile as sf
+
+from codec.files import write_atomically
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "demo"))
 import fetch_speech  # noqa: E402
@@ -57,8 +60,9 @@ def main() -> None:
             archive = fetch_speech.download(Path(temporary), package, file, sha256)
             subprocess.run(["dpkg", "-x", archive, f"{temporary}/unpacked"], check=True)
             rows += lay_out(Path(temporary, "unpacked", folder), prefix, out_dir)
-    with open(out_dir / "metadata.csv", "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([("path", "speaker", "split"), *rows])
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([("path", "speaker", "split"), *rows])
+    write_atomically(out_dir / "metadata.csv", text.getvalue())
     print(f"{out_dir}: {len(rows)} recordings of {len({row[1] for row in rows})} groups")
 
 

@@ -1,6 +1,7 @@
 """Time to encode and decode 10 s of audio: ours beside transformers' DacModel, EncodecModel and MimiModel, on the CPU.
 
     python benchmarks/inference.py [--only Mimi] [--pairs 7] [--threads 2] [--compile]
+    python benchmarks/inference.py --base    the package's own model beside transformers' EnCodec, both at 24 kHz and 6 kbps
 
 Published sizes, all codebooks, the same random weights on both sides (through `codec convert`), the two sides in turn;
 a ratio is the median of the ratios of neighbouring runs, so that a slower moment of the machine strikes both. Ours runs
@@ -83,17 +84,43 @@ def compare(name: str, options: argparse.Namespace) -> None:
         print(f"| {name} | {direction} | {medians[0]:.2f} | {medians[1]:.2f} | {' | '.join(cells)} | {result} |", flush=True)
 
 
+@torch.inference_mode()
+def compare_base(options: argparse.Namespace) -> None:
+    """Encode and decode together, and each by itself."""
+    family, build, _ = PUBLISHED["EnCodec 24 kHz"]
+    torch.manual_seed(0)
+    theirs, ours = make_random(build(), family), Codec.from_pretrained()
+    wav = lively(1, 10 * ours.sample_rate, ours.sample_rate)
+
+    def encode() -> Tensor:
+        return their_codes(theirs, family, wav, 8)  # 6 kbps
+
+    codes, own_codes = encode(), ours.encode(wav)
+    directions = {
+        "encode": (encode, lambda: ours.encode(wav)),
+        "decode": (lambda: their_audio(theirs, family, codes), lambda: ours.decode(own_codes)),
+        "both": (lambda: their_audio(theirs, family, encode()), lambda: ours.decode(ours.encode(wav))),
+    }
+    for direction, calls in directions.items():
+        medians, cells = in_turn(list(calls), options.pairs)
+        print(f"| base beside EnCodec 24 kHz | {direction} | {medians[0]:.3f} | {medians[1]:.3f} | {cells[0]} | "
+              f"{medians[1] / 10:.4f} of real time |", flush=True)  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--compile", action="store_true", help="time our convolutions under torch.compile as well")
+    parser.add_argument("--base", action="store_true", help="the package's own model beside EnCodec, nothing else")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     modes = ["ratio, wall clock (range), processor", *["the same, compiled"] * options.compile]
     print(f"| model | direction | transformers, s | ours, s | {' | '.join(modes)} | result |")
     print("|---|---|---:|---:|" + "---|" * (len(modes) + 1))
+    if options.base:
+        return compare_base(options)
     for name in options.only:
         compare(name, options)
 

@@ -3,11 +3,11 @@
     python benchmarks/speedrun.py run MANIFEST_24KHZ OUT_DIR [--minutes 6] [--only dac ours]
     python benchmarks/speedrun.py table OUT_DIR
 
-Every rung is the one before it with one thing changed; all have 6 kbps and 5.8 to 6.4M parameters. Runs go one after the other
-on an otherwise idle machine, with the real networks, losses and updates of `train_codec_gan.py`; schedules and phases go by
-the clock, so that each recipe comes to its end. The clock stands still while a run is judged: STOI, PESQ-WB and mel distance
-of whole utterances of the validation split, with averaged weights where the recipe keeps them. A finished rung is not run
-again.
+From `dac` on every rung is the one before it with one thing changed; all have 6 kbps and 6.1 to 6.3M parameters. Runs go one
+after the other on an otherwise idle machine, with the real networks, losses and updates of `train_codec_gan.py`; schedules
+and phases go by the clock, so that each recipe comes to its end. The clock stands still while a run is judged: STOI, PESQ-WB
+and mel distance of whole utterances of the validation split, with averaged weights where the recipe keeps them. A finished
+rung is not run again.
 """
 
 import argparse

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from codec.config import Config, phase_at, phase_config
 from codec.files import write_atomically
 
 PICKLE_SUFFIXES = {".pt", ".pth", ".ckpt", ".bin", ".pkl", ".th", ".tar"}
@@ -142,6 +143,19 @@ def inference_tensors(folder: str | Path) -> dict[str, Tensor]:
         if stem + "ema_sum" not in tensors and stem + "codebooks" in tensors:
             tensors[stem + "ema_sum"] = tensors[stem + "codebooks"] * tensors[name][..., None]
     return tensors
+
+
+def discriminators_learned(folder: Path, config: Config) -> bool:
+    """Whether a checkpoint, whose config this is, or a pretrained folder has discriminators that were trained.
+
+    A run that started from other weights may have been given trained ones at once; it gets the benefit of the doubt.
+    """
+    if not (folder / "discriminators.safetensors").is_file():
+        return False
+    if not (folder / "state.json").is_file() or config.train.init_from:
+        return True
+    last = phase_at(config, load_state(folder)["step"] - 1)
+    return any(phase_config(config, index).loss_weights.adversarial for index in range(last + 1))
 
 
 def load_state(checkpoint: str | Path) -> dict:

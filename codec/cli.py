@@ -14,11 +14,11 @@ from codec.card import n_weights
 from codec.checkpoint import load_state
 from codec.convert import convert as convert_weights
 from codec.model import Codec
-from codec.pretrained import read_json, resolve
+from codec.pretrained import BASE, read_json, resolve
 
 USER_ERROR = 2
 CODEC_HELP = "a run, checkpoint or pretrained folder, or a hub id"
-OR_BASE = " (default: base, the model of this package)"
+OR_BASE = " (default: the model of this package, which can be called base)"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -179,14 +179,14 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
         command.add_argument("input", type=Path, help=help_in)
         command.add_argument("output", type=Path, help=help_out)
-        command.add_argument("--checkpoint", default="base", help=CODEC_HELP + OR_BASE)
+        command.add_argument("--checkpoint", default=BASE, help=CODEC_HELP + OR_BASE)
         command.add_argument("--device", default="cpu", help="cpu (default), cuda, ...")
         if run is not decode:
             command.add_argument("--n_codebooks", type=int, help="use only the first so many (default all)")
         _add_which(command)
         command.set_defaults(run=run)
     command = commands.add_parser("info", help=info.__doc__, description=info.__doc__)
-    command.add_argument("path", type=Path, nargs="?", default=Path("base"), help=f"codec file, or {CODEC_HELP}{OR_BASE}")
+    command.add_argument("path", type=Path, nargs="?", default=BASE, help=f"codec file, or {CODEC_HELP}{OR_BASE}")
     _add_which(command)
     command.set_defaults(run=info)
     command = commands.add_parser("convert", help=convert.__doc__, description=convert.__doc__)

@@ -574,7 +574,8 @@ MODEL_LIMITS = [  # keys under model
     ("quantizer.kmeans_frames", 1, None),
 ]  # fmt: skip
 LIMITS = [
-    ("losses.mel_floor", 1e-12, None), ("optim.lr_g", 0, None), ("optim.lr_d", 0, None),
+    ("losses.mel_floor", 1e-12, None), ("losses.cspec_power", 0, 1), ("losses.cspec_phase_share", 0, 1),
+    ("optim.lr_g", 0, None), ("optim.lr_d", 0, None),
     ("optim.weight_decay", 0, None), ("optim.gamma", 0, 1), ("optim.min_lr_ratio", 0, 1),
     ("optim.ema_decay", 0, 1), ("optim.warmup_steps", 0, None),
     ("optim.max_grad_norm_g", 0, None), ("optim.max_grad_norm_d", 0, None),

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from codec.card import model_card, n_weights, run_section, source_section
-from codec.checkpoint import inference_tensors, load_state, load_tensors, misfits
+from codec.checkpoint import discriminators_learned, inference_tensors, load_state, load_tensors, misfits
 from codec.config import (
     ConvDecoderConfig,
     ConvEncoderConfig,
@@ -30,8 +30,6 @@ from codec.config import (
     model_config,
     model_differences,
     parse_config,
-    phase_at,
-    phase_config,
     to_dict,
 )
 from codec.files import write_atomically
@@ -89,10 +87,10 @@ def convert(source: str, out: str | Path, to: str = "codec", which: str = "lates
     else:
         folder = resolve(folder, which)
         model, tensors = read_model(folder), inference_tensors(folder)
+        if small and (folder / "config.yaml").is_file():
+            beside = run_files(folder)
         if (folder / "state.json").is_file():
             about["step"], training = load_state(folder)["step"], run_section(folder)
-            if small:
-                beside = run_files(folder)
             if folder.resolve().parent.name == "checkpoints":
                 title = folder.resolve().parent.parent.name
     problems = misfits(tensors, state_names(model))
@@ -114,9 +112,11 @@ def run_files(folder: Path) -> dict[str, dict[str, Tensor] | str]:
     config = parse_config(path.read_text(encoding="utf-8"), str(path))
     data, train = replace(config.data, manifest=public_name(config.data.manifest)), config.train
     train = replace(train, init_from=public_name(train.init_from) if train.init_from else "")
-    beside = {"config.yaml": dump_config(replace(config, data=data, train=train))}
-    last = phase_at(config, load_state(folder)["step"] - 1)
-    if any(phase_config(config, index).loss_weights.adversarial for index in range(last + 1)):
+    taught = {name: replace(teacher, features=public_name(teacher.features))
+              for name, teacher in vars(config.distill).items() if teacher}  # fmt: skip
+    shown = replace(config, data=data, train=train, distill=replace(config.distill, **taught))
+    beside = {"config.yaml": dump_config(shown)}
+    if discriminators_learned(folder, config):
         beside["discriminators.safetensors"] = compact(load_tensors(folder / "discriminators.safetensors"))
     return beside
 

@@ -52,6 +52,7 @@ RANGES = [
     Range("train/llm", (0, 0.1), ((0.1, 0.3),), "1 - cosine of codebook 0 and the language model", True),
     Range("train/wavlm", (0, 0.2), ((0.2, 0.5),), "1 - cosine of codebooks 0+1 and WavLM", True),
     Range("train/msspec", (0, 0.1), ((0.1, 0.5),), "distance of spectra", False),
+    Range("train/cspec", (0, 0.1), ((0.1, 0.5),), "distance of compressed spectra", False),
     Range("train/feat", (0, 0.05), ((0.05, 0.2),), "distance of discriminator features", False),
     Range("train/adv_g", (0.1, 0.5), ((0.5, 1.0), (-INF, 0.1)), "generator against discriminator", False),
     Range("train/loss_d", (1.5, 2.0), ((0.5, 1.5), (2.0, 3.0)), "hinge: 2 knows nothing, 0 has won", True),

@@ -218,7 +218,7 @@ class _Spectrum(nn.Module):
 class CompressedSpectralLoss(nn.Module):
     """L1 on spectra whose magnitudes are compressed by a power, with and without their phase (`cspec`).
 
-    With S the spectrum of a scale and C = |S|^power e^(i angle S), averaged over scales:
+    With S the spectrum of a scale and C = |S|^power e^(i angle S), where |S|² has 1e-6 added, averaged over scales:
     `(1 - phase_share) | |C| - |C_hat| | + phase_share (|Re(C - C_hat)| + |Im(C - C_hat)|)`.
     Compression lifts what is quiet, so the error follows the spectrum in place of lying beneath the loudest of it, which is
     where an L1 of samples leaves it. Unlike a logarithm it stops lifting near silence.
@@ -248,7 +248,7 @@ class CompressedSpectralLoss(nn.Module):
         return torch.stack(distances).mean()
 
     def _compress(self, spectrum: Tensor) -> tuple[Tensor, Tensor]:
-        """Complex [...] to magnitude [...] and real and imaginary part [..., 2], compressed; silence has a gradient of 0."""
+        """Complex [...] to magnitude [...] and real and imaginary part [..., 2], compressed; finite gradients in silence."""
         parts = torch.view_as_real(spectrum)
         squared = parts.square().sum(-1) + 1e-6
         return squared ** (self.power / 2), parts * (squared ** ((self.power - 1) / 2)).unsqueeze(-1)

@@ -16,7 +16,7 @@ from codec.config import ModelConfig
 from codec.decoder import build_decoder
 from codec.encoder import build_encoder
 from codec.layers import remove_weight_norm
-from codec.pretrained import read_model, resolve, with_weight_norm, write_pretrained
+from codec.pretrained import BASE, read_model, resolve, with_weight_norm, write_pretrained
 from codec.rvq import QuantizerOutput, build_quantizer
 
 
@@ -63,7 +63,7 @@ class Codec(nn.Module):
         return hashlib.sha256(head + codebooks.numpy().tobytes()).hexdigest()[:16]
 
     @classmethod
-    def from_pretrained(cls, path: str | Path = "base", which: str = "latest") -> "Codec":
+    def from_pretrained(cls, path: str | Path = BASE, which: str = "latest") -> "Codec":
         """A trained codec for inference: eval mode, weight norm folded, averaged weights where the run kept them.
 
         Args:

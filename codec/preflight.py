@@ -433,8 +433,8 @@ def check_config(config: Config, grads: dict[str, float], phase: int = 0) -> lis
             "signal terms: output fades to silence that is easy to code",
             f"loss_weights.commit={weights.commit * grads['z_signal'] / grads['z_commit']:.2g}"))
     if fresh and weights.adversarial and not (weights.mel or weights.msspec or weights.cspec or weights.wave):
-        checks.append(Check("config", "warning", "adversarial from the first step without mel, msspec or wave: nothing for a "
-                            "long time (Mimi took 4M updates)",
+        checks.append(Check("config", "warning", "adversarial from the first step without mel, msspec, cspec or wave: nothing "
+                            "for a long time (Mimi took 4M updates)",
                             "a first phase with loss_weights.mel or msspec, or train.init_from"))
     if factorized and not weights.codebook and not config.train.freeze:
         checks.append(Check("config", "stop", "loss_weights.codebook=0: factorized codebooks would never learn",

@@ -7,7 +7,7 @@ A pretrained folder is what one publishes:
     README.md           the model card
 
 A compact one holds its tensors in fp16 and can also hold config.yaml and discriminators.safetensors, so that training goes
-on with the same adversary. The one that comes with this package is called "base".
+on with the same adversary. The one that comes with this package can be called "base".
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ WEIGHTS = "model.safetensors"
 BASE = Path(__file__).parent / "base"
 CONVERTIBLE = ("dac", "encodec", "mimi")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-HUB_FILES = ("config.json", WEIGHTS, WEIGHTS + ".index.json", "config.yaml", "state.json", "ema.safetensors")
+HUB_FILES = ("config.json", WEIGHTS, WEIGHTS + ".index.json", "config.yaml", "state.json", "ema.safetensors",
+             "discriminators.safetensors")  # fmt: skip
 NORM = ".parametrizations.weight.original"  # NORM + "0" is the gain g, NORM + "1" the direction v
 
 

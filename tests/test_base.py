@@ -71,13 +71,16 @@ def test_the_configs_fit_it(base, name):
 def test_fine_tuning_starts_from_it(base):
     config = load_config(ROOT / "configs/telugu_finetune.yaml")
     t = build(config, torch.device("cpu"))
-    load_initial(resolve(config.train.init_from), t, config)
+    came, _ = load_initial(resolve(config.train.init_from), t, config)
+    assert came == (BASE / "discriminators.safetensors").is_file()
     for name, value in base.state_dict().items():
         assert value.equal(t.codec.state_dict()[name]), name
 
 
-def test_a_folder_called_base_goes_before_it(base, tmp_path, monkeypatch):
+def test_a_folder_called_base_goes_before_its_name_but_not_before_the_default(base, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "base").mkdir()
     with pytest.raises(ValueError, match="holds no complete checkpoint"):
         Codec.from_pretrained("base")
+    assert Codec.from_pretrained().model_id == base.model_id  # who names nothing means the package's
+    assert cli.main(["info"]) == 0

@@ -58,7 +58,7 @@ def tensors(run_dir: Path) -> dict:
 
 
 def changes(n_processes: int) -> tuple[str, ...]:
-    return ("--set", "phases.1.steps=17", "train.checkpoint_every=5", "train.val_every=10", "model.quantizer.dropout=0.5",
+    return ("--set", "phases.1.steps=37", "train.checkpoint_every=5", "train.val_every=20", "model.quantizer.dropout=0.5",
             f"losses.balancer={'true' if n_processes == 2 else 'false'}")  # fmt: skip
 
 
@@ -81,7 +81,7 @@ def test_a_killed_run_resumes_to_the_same_bits(manifest, tmp_path, n_processes, 
     process = start(manifest, tmp_path / "killed", n_processes, *changes(n_processes))
     kill_after_first_checkpoint(process, tmp_path / "killed", signal.SIGKILL)
     killed_at = json.loads((find_checkpoint(tmp_path / "killed") / "state.json").read_text())["step"]
-    assert 0 < killed_at < 20
+    assert 0 < killed_at < 40
     resumed = run(manifest, tmp_path / "killed", n_processes, "--resume", *changes(n_processes))
     assert resumed.returncode == 0, resumed.stderr
 
@@ -119,9 +119,9 @@ def test_a_run_logs_the_names_users_look_for(whole_run):
         assert {f"val/{name}_step", f"val/{name}_epoch"} <= names, name
     assert {"train/lr_g_step", "train/lr_d_step", "train/audio_s_per_s_step"} <= names
     steps = [line["step"] for line in read_metrics(run_dir) if "train/loss_g_step" in line]
-    assert steps == list(range(1, 21))  # generator updates, each counted once
+    assert steps == list(range(1, 41))  # generator updates, each counted once
     assert "val mel" in said and "kbps" in said
-    assert sorted(p.name for p in (run_dir / "checkpoints").glob("step_*"))[-1] == "step_00000020"
+    assert sorted(p.name for p in (run_dir / "checkpoints").glob("step_*"))[-1] == "step_00000040"
     assert (run_dir / "config.yaml").is_file() and list((run_dir / "tensorboard").glob("events*"))
 
 

@@ -146,7 +146,7 @@ HEALTHY = {  # config: what scales it to a core and 16 kHz; rates, losses and we
     "base_cpu": [*BASE, phases((150, NO_ADVERSARY), (100, {}))],
     "base": [*BASE, "train.precision=fp32", "data.batch_size=4", *MPD_MRD,
              phases((150, NO_ADVERSARY), (100, {}))],
-    "telugu_finetune": [*BASE, "train.init_from=OUT/base_cpu_SEED",
+    "telugu_finetune": [*BASE, "train.init_from=OUT/base_cpu_SEED", "train.disc_warmup_steps=20",
                         phases((150, NO_ADVERSARY), (100, {}))],
     "mimi": [*SECONDS, *MIMI_BODY, *MSSTFT, "model.quantizer.n_codebooks=8",
              phases((100, NO_ADVERSARY | {"loss_weights.msspec": 2.0, "loss_weights.wave": 0.1}), (150, {}))],
@@ -324,7 +324,7 @@ def run_one(data: Path, out_dir: Path, name: str, seed: int) -> None:
         if not (run_dir / "metrics.jsonl").is_file():
             raise  # it never began
         message = str(error)
-    if name != "mimi":  # another run starts from that one
+    if name not in ("mimi", "base_cpu"):  # other runs start from those
         shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
     write_atomically(run_dir / "ended.txt", message)
 

@@ -1,0 +1,155 @@
+"""Put a run into the package as its own model: `codec/base`, with a card of what `evaluate_codec.py` measured, and its curves.
+
+    python benchmarks/ship_base.py RUN EVALUATION_DIR...
+
+The evaluations are of the run itself; their rows of it, of Opus at the nearest rates and of the uncoded audio are shown.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from codec.card import n_weights, run_section
+from codec.checkpoint import find_checkpoint, load_state
+from codec.config import parse_config
+from codec.convert import convert
+from codec.files import write_atomically
+from codec.model import Codec
+from codec.pretrained import BASE
+from codec.runlog import read_metrics
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks/failures"))
+import curves  # noqa: E402
+
+METRICS = (
+    "pesq_wb", "stoi", "estoi", "visqol", "distillmos", "dnsmos", "speaker_similarity", "wer", "wer_uncoded", "phoneme_error",
+    "log_f0_rmse", "voicing_error", "mel_db", "snr_db", "si_sdr_db", "amplitude_ratio", "dc_offset",
+)  # fmt: skip
+PANELS = {"val/mel_step": "val/mel, dB", "val/snr_db_step": "val/snr_db", "val/amplitude_ratio_step": "val/amplitude_ratio"}
+
+CARD = """# The model that comes with the package
+
+24 kHz speech to 50 frames a second of 3, 6 or 12 codes of 10 bits (1.5, 3 or 6 kbps) and back; {parameters:.2f}M parameters and
+codebooks. It is what `codec encode`, `decode`, `reconstruct` and `Codec.from_pretrained()` use when nothing else is named, and
+what `configs/telugu_finetune.yaml` starts from.
+
+**What it cannot do.** It has heard {hours:.1f} hours of phrases, words and letters, spoken near a microphone; no running
+speech, no music, no noise, no natural Telugu. {below}It looks ahead {ahead_ms:.0f} ms, so it is not for conversations.
+
+## Measured
+
+By `evaluate_codec.py` on recordings that no training used; means with 95 % bootstrap intervals over the files. Files of one
+speaker are not independent.
+
+{tables}
+
+## Training
+
+```bash
+python benchmarks/base_speech.py data/base/raw
+python prepare_speaker_data.py data/base/raw data/base/speech --sample_rate 24000 --metadata data/base/raw/metadata.csv \\
+    --min_s 0.3 --no_balance
+python train_codec_gan.py --config configs/base_cpu.yaml --set data.manifest=data/base/speech/manifest.jsonl
+```
+
+{minutes:.0f} minutes on 2 CPU cores (AMD Zen 3) for {step} updates. Curves: `docs/base/curves.svg`.
+
+{training}
+
+## Licences
+
+The weights: MIT, as the package. They were trained on tuxpaint-stamps-default (GPL-2), klettres-data (GPL-2+) and
+ktuberling-data (GPL-2+, some CC) of Debian, of which nothing is passed on here.
+"""
+
+
+def table(results: dict) -> str:
+    """Markdown: one row a metric, one column a system."""
+    systems = results["systems"]
+    ours = [s for s in systems if s["family"] == systems[0]["family"]]
+    shown = ours + [s for s in systems if s["family"] == "opus" or s["name"] == "uncoded"]
+    names = [f"base, {s['nominal_kbps']:g} kbps" if s in ours else s["name"] for s in shown]
+    test_set, metrics = results["test_set"], results["metrics"]
+    languages = ", ".join(sorted({language for language in test_set["languages"] if language}))
+    lines = [f"{len(test_set['files'])} files, {test_set['seconds'] / 60:.1f} minutes, {languages}:", "",
+             "| metric | " + " | ".join(names) + " |", "|---|" + "---|" * len(shown),
+             "| kbps on disk | " + " | ".join(f"{s['kbps']:.2f}" if s["kbps"] else "-" for s in shown) + " |"]  # fmt: skip
+    for key in METRICS:
+        cells = [cell(s["means"].get(key), metrics[key]["digits"]) for s in shown] if key in metrics else ["-"]
+        if set(cells) != {"-"}:
+            lines.append(f"| {metrics[key]['title']} | {' | '.join(cells)} |")
+    if any(s.get("codebooks") for s in ours):
+        lines.append(f"| codebooks used | {' | '.join(used(s.get('codebooks')) for s in shown)} |")
+    return "\n".join(lines)
+
+
+def cell(figures: dict | None, digits: int) -> str:
+    if not figures or figures["mean"] is None:
+        return "-"
+    spread = "" if figures.get("low") is None else f" [{figures['low']:.{digits}f}, {figures['high']:.{digits}f}]"
+    return f"{figures['mean']:.{digits}f}{spread}"
+
+
+def used(levels: list[dict] | None) -> str:
+    """The least and the most used codebook."""
+    shares = [100 * level["used"] for level in levels or []]
+    return f"{min(shares):.0f} to {max(shares):.0f} %" if shares else "-"
+
+
+def draw_curves(run_dir: Path) -> str:
+    rows = [row for row in read_metrics(run_dir) if row.get("val/mel_step") is not None]
+    steps = np.array([row["step"] for row in rows])
+    panels = {title: {"base": (steps, np.array([row[key] for row in rows], float))} for key, title in PANELS.items()}
+    return curves.draw(panels, "The run of codec/base, validation", [])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path)
+    parser.add_argument("evaluations", type=Path, nargs="+")
+    parser.add_argument("--below", default="", help="a sentence on where it falls short")
+    args = parser.parse_args()
+    checkpoint = find_checkpoint(args.run)
+    rows = read_metrics(args.run)
+    step = load_state(checkpoint)["step"]
+    with tempfile.TemporaryDirectory(dir=BASE.parent) as folder:
+        new = Path(folder) / "base"
+        convert(str(args.run), new, small=True)
+        codec = Codec.from_pretrained(new)
+        training = run_section(checkpoint)
+        hours = json.loads((manifest_of(checkpoint).with_name("stats.json")).read_text())["splits"]["train"]["hours"]
+        results = [json.loads((path / "results.json").read_text()) for path in args.evaluations]
+        frames = codec.decoder.reach_frames / 2 + (codec.receptive_field_samples / 2) / codec.hop_length
+        card = CARD.format(
+            parameters=n_weights(codec.state_dict()) / 1e6, hours=hours, below=args.below + " " * bool(args.below),
+            ahead_ms=1000 * frames / codec.frame_rate_hz, tables="\n\n".join(table(r) for r in results),
+            minutes=trained_minutes(rows), step=step, training=training.replace("## ", "### "),
+        )  # fmt: skip
+        write_atomically(new / "README.md", card)
+        if BASE.exists():
+            BASE.rename(Path(folder) / "before")
+        new.rename(BASE)
+    (ROOT / "docs/base").mkdir(exist_ok=True)
+    write_atomically(ROOT / "docs/base/curves.svg", draw_curves(args.run))
+    print(f"{BASE}: {sum(path.stat().st_size for path in BASE.iterdir()) / 1e6:.1f} MB, step {step}")
+
+
+def manifest_of(checkpoint: Path) -> Path:
+    path = checkpoint / "config.yaml"
+    return Path(parse_config(path.read_text(encoding="utf-8"), str(path)).data.manifest)
+
+
+def trained_minutes(rows: list[dict]) -> float:
+    """From the log's clock, without the pauses between sittings."""
+    times = np.array([row["time"] for row in rows if "time" in row])
+    gaps = np.diff(times)
+    return float(gaps[gaps < 300].sum()) / 60
+
+
+if __name__ == "__main__":
+    main()
