@@ -121,6 +121,18 @@ def test_discriminators_that_never_learned_are_not_published(source, tmp_path):
         "README.md", "config.json", "config.yaml", "model.safetensors"]  # fmt: skip
 
 
+def test_folders_of_teachers_are_not_published(source, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(source, run_dir)
+    path = find_checkpoint(run_dir) / "config.yaml"
+    teacher = "  wavlm: {features: /home/somebody/private/wavlm, dim: 4, n_codebooks: 1}\n"
+    assert "  wavlm: null\n" in path.read_text()
+    path.write_text(path.read_text().replace("  wavlm: null\n", teacher))
+    assert cli.main(["convert", "--from", str(run_dir), str(tmp_path / "compact"), "--compact"]) == 0
+    published = (tmp_path / "compact" / "config.yaml").read_text()
+    assert "features: wavlm" in published and "private" not in published
+
+
 def test_values_that_fp16_cannot_hold_are_refused(source, tmp_path, capsys):
     run_dir = tmp_path / "run"
     shutil.copytree(source, run_dir)
