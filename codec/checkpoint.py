@@ -137,11 +137,12 @@ def inference_tensors(folder: str | Path) -> dict[str, Tensor]:
     """
     live, averaged = Path(folder) / "model.safetensors", Path(folder) / "ema.safetensors"
     tensors = load_tensors(live) | (load_tensors(averaged) if averaged.is_file() else {})
+    compact = [name.removesuffix("codebooks") for name, value in tensors.items()
+               if name.endswith("codebooks") and value.dtype == torch.float16]  # fmt: skip
     tensors = {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
-    for name in [name for name in tensors if name.endswith("ema_count")]:
-        stem = name.removesuffix("ema_count")
-        if stem + "ema_sum" not in tensors and stem + "codebooks" in tensors:
-            tensors[stem + "ema_sum"] = tensors[stem + "codebooks"] * tensors[name][..., None]
+    for stem in compact:
+        if stem + "ema_count" in tensors and stem + "ema_sum" not in tensors:
+            tensors[stem + "ema_sum"] = tensors[stem + "codebooks"] * tensors[stem + "ema_count"][..., None]
     return tensors
 
 

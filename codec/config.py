@@ -706,8 +706,9 @@ def _validate_shapes(config: Config, where: str) -> None:
     if len(losses.mel_windows) != len(losses.mel_bins):
         raise ValueError(f"{where}: losses.mel_windows has {len(losses.mel_windows)} items, losses.mel_bins "
                          f"{len(losses.mel_bins)}; they go in pairs")  # fmt: skip
-    windows = [("losses.mel_windows", losses.mel_windows), ("losses.msspec_windows", losses.msspec_windows),
-               ("losses.cspec_windows", losses.cspec_windows)]
+    windows = [("losses.mel_windows", losses.mel_windows), ("losses.msspec_windows", losses.msspec_windows)]
+    if config.loss_weights.cspec or any("loss_weights.cspec" in phase.set for phase in config.phases):
+        windows.append(("losses.cspec_windows", losses.cspec_windows))
     windows += [(f"discriminators.sets.{i}.windows", getattr(member, "windows", ()))
                 for i, member in enumerate(config.discriminators.sets)]  # fmt: skip
     for key, sizes in windows:

@@ -43,7 +43,6 @@ def test_every_shipped_config_is_valid_builds_and_survives_a_round_trip(path):
         ("model.quantizer.dropout=1.5", "model.quantizer.dropout=1.5, expected 0 to 1"),
         ("losses.cspec_phase_share=1.5", "losses.cspec_phase_share=1.5, expected 0 to 1"),
         ("losses.cspec_power=-0.3", "losses.cspec_power=-0.3, expected 0 to 1"),
-        ("losses.cspec_windows=[512, 4096]", "but a segment has 2000 samples"),
         ("train.seed=-1", "train.seed=-1, expected at least 0"),
         ("optim.lr_g=.nan", "optim.lr_g=nan, expected at least 0"),
         ("loss_weights.mel=-1", "loss_weights.mel=-1.0, expected at least 0"),
