@@ -44,7 +44,7 @@ speech, no music, no noise, no natural Telugu. {below}It looks ahead {ahead_ms:.
 ## Measured
 
 By `evaluate_codec.py` on recordings that no training used; means with 95 % bootstrap intervals over the files. Files of one
-speaker are not independent.
+speaker are not independent. Short test sets cannot use every entry: half a minute has 1,500 frames for the 1,024 of a codebook.
 
 {tables}
 

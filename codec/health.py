@@ -52,7 +52,6 @@ RANGES = [
     Range("train/llm", (0, 0.1), ((0.1, 0.3),), "1 - cosine of codebook 0 and the language model", True),
     Range("train/wavlm", (0, 0.2), ((0.2, 0.5),), "1 - cosine of codebooks 0+1 and WavLM", True),
     Range("train/msspec", (0, 0.1), ((0.1, 0.5),), "distance of spectra", False),
-    Range("train/cspec", (0, 0.1), ((0.1, 0.5),), "distance of compressed spectra", False),
     Range("train/feat", (0, 0.05), ((0.05, 0.2),), "distance of discriminator features", False),
     Range("train/adv_g", (0.1, 0.5), ((0.5, 1.0), (-INF, 0.1)), "generator against discriminator", False),
     Range("train/loss_d", (1.5, 2.0), ((0.5, 1.5), (2.0, 3.0)), "hinge: 2 knows nothing, 0 has won", True),
@@ -61,7 +60,8 @@ RANGES = [
     Range("train/acc_fake", (0.5, 0.95), ((0.3, 0.5), (0.95, 0.99)), "fake sound told as fake", True),
     Range("val/amplitude_ratio", (0.95, 1.05), ((0.5, 0.95), (1.05, 1.5)), "level of the output over the input's", True),
 ]  # fmt: skip
-TOLD = {"train/mel": "distance of mel spectra, the loss", "val/mel": "distance of mel spectra, dB: the fixed measure",
+TOLD = {"train/mel": "distance of mel spectra, the loss", "train/cspec": "distance of compressed spectra",
+        "val/mel": "distance of mel spectra, dB: the fixed measure",
         "val/snr_db": "power over error; bounded by the bitrate", "train/recon": "reconstruction",
         "train/vq": "quantizer: commitment and codebook",
         "train/commit": "latent to code: the encoder's side",
