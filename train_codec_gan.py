@@ -13,6 +13,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,6 +62,7 @@ from codec.doctor import to_markdown
 from codec.features import Targets
 from codec.files import write_atomically
 from codec.health import Diagnosis, History, diagnose
+from codec.lapped import start_transform
 from codec.layers import Transformer
 from codec.losses import (
     Balancer,
@@ -81,6 +83,7 @@ from codec.watch import NEUTRAL, OF_INTERVALS, CodebookWatch, gradient_figures, 
 
 ONLY_AT_START = ("init_from", "disc_warmup_steps")  # keys of train without a say in a resumed run; a warm-up can end early
 PROJECTIONS = ("project_in", "project_out", "own_inputs", "in_proj", "out_proj", "path")  # of a quantizer
+TRANSFORM_FRAMES = 20_000  # whose principal components a lapped body starts from
 BRIEF_S, PREFLIGHT_S = 30.0, 600.0  # seconds of audio that are looked at before a run, and by --preflight
 EXAMINED_BYTES = 8_000_000  # of the end of metrics.jsonl, some thousand lines, that the doctor reads at a validation
 VAL_SEED = 12345  # validation segments are the same in every run on the same data
@@ -399,18 +402,31 @@ def freeze(codec: Codec, parts: tuple[str, ...]) -> None:
         codec.quantizer.freeze_codebooks({level for part in parts for level in levels.get(part, ())})
 
 
+def start_from_speech(codec: Codec, dataset: SegmentDataset, config: Config, device: torch.device) -> None:
+    """What of a new codec does not start at random: a lapped body's transform, then Euclidean codebooks."""
+    if config.model.encoder.type == "lapped":
+        n_batches = -(-TRANSFORM_FRAMES * codec.hop_length // (config.data.batch_size * config.data.segment_samples))
+        start_transform(codec.encoder, codec.decoder, start_batches(dataset, config, device, n_batches))
+    if config.model.quantizer.type == "ema":
+        start_codebooks(codec, dataset, config, device)
+
+
 @torch.no_grad()
 def start_codebooks(
     codec: Codec, dataset: SegmentDataset, config: Config, device: torch.device, levels: range | None = None
 ) -> None:
-    """k-means on latents of the encoder, from segments that training does not begin with; `levels`: default all."""
+    """k-means on latents of the encoder; `levels`: default all."""
     frames_per_update = config.data.batch_size * config.data.segment_samples // codec.hop_length
-    n_batches = -(-config.model.quantizer.kmeans_frames // frames_per_update)
+    batches = start_batches(dataset, config, device, -(-config.model.quantizer.kmeans_frames // frames_per_update))
+    latents = [distributed.all_gather_cat(codec.encoder(wav).float()) for wav in batches]
+    codec.quantizer.init_codebooks(torch.cat(latents), frames_per_update, levels)
+
+
+def start_batches(dataset: SegmentDataset, config: Config, device: torch.device, n_batches: int) -> Iterator[Tensor]:
+    """This rank's share of batches that training does not begin with, the same at every call."""
     far = 2**40 // config.data.batch_size  # a step no run reaches
     sampler = StepSampler(far, far + n_batches, config.data.batch_size, distributed.rank(), distributed.world_size())
-    batches = (torch.stack([dataset[index] for index in indices]) for indices in sampler)
-    latents = [distributed.all_gather_cat(codec.encoder(wav.to(device)).float()) for wav in batches]
-    codec.quantizer.init_codebooks(torch.cat(latents), frames_per_update, levels)
+    return (torch.stack([dataset[index] for index in indices]).to(device) for indices in sampler)
 
 
 def save(run_dir: Path, t: Training, config: Config, state: dict, best: bool) -> None:
@@ -528,8 +544,8 @@ def rehearse(config: Config, device: torch.device, price_per_hour: float) -> int
     t = build(config, device, segments.teachers)
     if config.train.init_from:
         load_initial(resolve(config.train.init_from), t, config)
-    elif config.model.quantizer.type == "ema":
-        start_codebooks(unwrap(t.codec), segments.segments, config, device)
+    else:
+        start_from_speech(unwrap(t.codec), segments.segments, config, device)
     sampler = StepSampler(0, 2**31, config.data.batch_size, distributed.rank(), distributed.world_size())
     batches = iter(segment_loader(segments, sampler, config.data.n_workers, pin_memory=device.type == "cuda"))
     phases = [phase_config(config, index) for index in range(len(config.phases))]
@@ -603,8 +619,11 @@ def train(config: Config, run_dir: Path, resume: bool, device: torch.device) -> 
     first = torch.tensor([float(state["step"]), -float(state["step"])], device=device)
     if distributed.all_reduce_max(first).sum() != 0:
         raise ValueError(f"{run_dir}: processes found checkpoints of different steps; put the run on a shared disk")
-    if state["step"] == 0 and config.model.quantizer.type == "ema" and (added or not config.train.init_from):
-        start_codebooks(unwrap(t.codec), segments.segments, config, device, added or None)
+    if state["step"] == 0 and added:
+        start_codebooks(unwrap(t.codec), segments.segments, config, device, added)
+    elif state["step"] == 0 and not config.train.init_from:
+        start_from_speech(unwrap(t.codec), segments.segments, config, device)
+    if state["step"] == 0:
         average_weights(t, decay=0.0)
     log = None
     if main:

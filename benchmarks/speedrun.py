@@ -29,7 +29,7 @@ from codec.config import Config, load_config, phase_at, phase_config
 from codec.data import StepSampler, Utterance, read_manifest, segment_loader
 from codec.files import write_atomically
 from codec.model import Codec
-from train_codec_gan import build, exchange_weights, open_data, start_codebooks, train_step
+from train_codec_gan import build, exchange_weights, open_data, start_from_speech, train_step
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -145,8 +145,7 @@ def run_rung(rung: Rung, manifest: Path, seconds: float) -> dict:
     config = config_of(rung, manifest)
     t = build(config, CPU)
     segments, _ = open_data(config)
-    if config.model.quantizer.type == "ema":
-        start_codebooks(t.codec, segments.segments, config, CPU)
+    start_from_speech(t.codec, segments.segments, config, CPU)
     wavs = read_validation(manifest, config.model.sample_rate)
     batches = iter(segment_loader(segments, StepSampler(0, 2**31, config.data.batch_size, 0, 1), 0, pin_memory=False))
     looks, trained, updates = [], 0.0, 0

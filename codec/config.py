@@ -84,6 +84,19 @@ class SpectralConfig:
 
 
 @dataclass(frozen=True)
+class LappedConfig:
+    """Both lapped bodies: a linear transform of overlapping frames, ConvNeXt at frame rate for what it cannot do."""
+
+    type: Literal["lapped"]
+    window_length: int  # samples of a frame; those beyond hop_length are faded into its neighbours
+    hop_length: int
+    dim: int
+    n_blocks: int
+    expansion: int = 3
+    kernel_size: int = 7
+
+
+@dataclass(frozen=True)
 class EMAQuantizerConfig:
     """Euclidean residual VQ, codebooks by exponential moving average."""
 
@@ -127,9 +140,9 @@ class FactorizedQuantizerConfig:
 class ModelConfig:
     sample_rate: int
     latent_dim: int
-    encoder: ConvEncoderConfig | SpectralConfig
+    encoder: ConvEncoderConfig | SpectralConfig | LappedConfig
     quantizer: EMAQuantizerConfig | FactorizedQuantizerConfig
-    decoder: ConvDecoderConfig | SpectralConfig
+    decoder: ConvDecoderConfig | SpectralConfig | LappedConfig
     pad_input: bool = True  # zeros to whole frames before the encoder; False: every strided layer pads what it gets
 
 
@@ -637,6 +650,8 @@ def validate_model(model: ModelConfig, where: str) -> None:
     for name, body in (("encoder", model.encoder), ("decoder", model.decoder)):
         if body.type == "conv":
             _validate_conv_body(model, name, where)
+        elif body.type == "lapped":
+            _validate_lapped_body(model, name, where)
         elif not 0 < body.hop_length <= body.n_fft or body.n_fft % 2 or not body.kernel_size % 2:
             raise ValueError(f"{where}: model.{name} has n_fft {body.n_fft}, hop_length {body.hop_length}, kernel_size "
                              f"{body.kernel_size}; expected an even n_fft at least hop_length, and an odd kernel_size")
@@ -651,6 +666,20 @@ def validate_model(model: ModelConfig, where: str) -> None:
     if any(not least <= count <= quantizer.n_codebooks for count in counts):
         raise ValueError(f"{where}: model.quantizer.dropout_counts={list(counts)}, expected numbers from {least} to "
                          f"n_codebooks={quantizer.n_codebooks}")  # fmt: skip
+
+
+def _validate_lapped_body(model: ModelConfig, name: str, where: str) -> None:
+    """Rules of one lapped body, and of the two together: one transform there and back."""
+    body, at = getattr(model, name), f"{where}: model.{name}"
+    if not body.hop_length < body.window_length <= 2 * body.hop_length or body.window_length % 2 or body.hop_length % 2:
+        raise ValueError(f"{at} has window_length {body.window_length}, hop_length {body.hop_length}; expected even numbers, "
+                         "window_length above hop_length and at most twice as long")  # fmt: skip
+    if not body.kernel_size % 2:
+        raise ValueError(f"{at}.kernel_size={body.kernel_size}, expected an odd number")
+    if getattr(model.encoder, "window_length", 0) != getattr(model.decoder, "window_length", 0):
+        raise ValueError(f"{where}: model.encoder and model.decoder are to be of type lapped both, with one window_length")
+    if model.latent_dim > body.window_length:
+        raise ValueError(f"{where}: model.latent_dim={model.latent_dim}, expected at most window_length={body.window_length}")
 
 
 def _validate_first_group(model: ModelConfig, where: str) -> None:

@@ -4,32 +4,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from codec.config import ConvDecoderConfig, SpectralConfig
+from codec.config import ConvDecoderConfig, LappedConfig, SpectralConfig
+from codec.lapped import LappedDecoder
 from codec.layers import (
-    ConvNeXtBlock,
     PaddedConv1d,
     PaddedConvTranspose1d,
     ResidualLSTM,
     ResidualUnit,
+    ScaledTanh,
     Transformer,
     activation,
+    convnext_blocks,
     istft_frames,
     reach_in_samples,
 )
-
-
-class ScaledTanh(nn.Module):
-    """tanh(output_scale * x) with a learnable scalar that starts at 1.
-
-    Started at 3, with the scale after tanh, a real run left [-1, 1], grew a DC of -1.4 and died at once.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.output_scale = nn.Parameter(torch.ones(()))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(self.output_scale * x)
 
 
 class ConvDecoder(nn.Module):
@@ -98,10 +86,7 @@ class SpectralDecoder(nn.Module):
         self.register_buffer("window", torch.hann_window(config.n_fft), persistent=False)
         self.embed = nn.Conv1d(latent_dim, config.dim, config.kernel_size, padding=config.kernel_size // 2)
         self.norm_in = nn.LayerNorm(config.dim)
-        self.blocks = nn.Sequential(
-            *[ConvNeXtBlock(config.dim, config.expansion, config.kernel_size, 1 / config.n_blocks)
-              for _ in range(config.n_blocks)]
-        )  # fmt: skip
+        self.blocks = convnext_blocks(config)
         self.norm_out = nn.LayerNorm(config.dim)
         self.to_spectrum = nn.Linear(config.dim, config.n_fft + 2)
         self.output = ScaledTanh()
@@ -122,6 +107,6 @@ class SpectralDecoder(nn.Module):
             return self.output(wav_hat[:, None])
 
 
-def build_decoder(config: ConvDecoderConfig | SpectralConfig, latent_dim: int) -> ConvDecoder | SpectralDecoder:
+def build_decoder(config: ConvDecoderConfig | SpectralConfig | LappedConfig, latent_dim: int) -> nn.Module:
     """The decoder that `decoder.type` names."""
-    return (ConvDecoder if config.type == "conv" else SpectralDecoder)(config, latent_dim)
+    return {"conv": ConvDecoder, "spectral": SpectralDecoder, "lapped": LappedDecoder}[config.type](config, latent_dim)

@@ -5,14 +5,15 @@ import math
 import torch
 from torch import Tensor, nn
 
-from codec.config import ConvEncoderConfig, SpectralConfig
+from codec.config import ConvEncoderConfig, LappedConfig, SpectralConfig
+from codec.lapped import LappedEncoder
 from codec.layers import (
-    ConvNeXtBlock,
     PaddedConv1d,
     ResidualLSTM,
     ResidualUnit,
     Transformer,
     activation,
+    convnext_blocks,
     reach_in_samples,
     stft_frames,
 )
@@ -81,10 +82,7 @@ class SpectralEncoder(nn.Module):
         self.register_buffer("window", torch.hann_window(config.n_fft), persistent=False)
         self.embed = nn.Linear(config.n_fft + 2, config.dim)
         self.norm_in = nn.LayerNorm(config.dim)
-        self.blocks = nn.Sequential(
-            *[ConvNeXtBlock(config.dim, config.expansion, config.kernel_size, 1 / config.n_blocks)
-              for _ in range(config.n_blocks)]
-        )  # fmt: skip
+        self.blocks = convnext_blocks(config)
         self.norm_out = nn.LayerNorm(config.dim)
         self.to_latent = nn.Linear(config.dim, latent_dim)
         self.tail = nn.Sequential()
@@ -108,6 +106,6 @@ class SpectralEncoder(nn.Module):
         return self.to_latent(self.norm_out(x)).transpose(1, 2)
 
 
-def build_encoder(config: ConvEncoderConfig | SpectralConfig, latent_dim: int) -> ConvEncoder | SpectralEncoder:
+def build_encoder(config: ConvEncoderConfig | SpectralConfig | LappedConfig, latent_dim: int) -> nn.Module:
     """The encoder that `encoder.type` names."""
-    return (ConvEncoder if config.type == "conv" else SpectralEncoder)(config, latent_dim)
+    return {"conv": ConvEncoder, "spectral": SpectralEncoder, "lapped": LappedEncoder}[config.type](config, latent_dim)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import weight_norm
 
-from codec.config import ConvBodyConfig, TransformerConfig
+from codec.config import ConvBodyConfig, LappedConfig, SpectralConfig, TransformerConfig
 
 
 class _SnakeFunction(torch.autograd.Function):
@@ -61,6 +61,20 @@ class Snake(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return snake(x, self.alpha)
+
+
+class ScaledTanh(nn.Module):
+    """tanh(output_scale * x) with a learnable scalar that starts at 1.
+
+    Started at 3, with the scale after tanh, a real run left [-1, 1], grew a DC of -1.4 and died at once.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.output_scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.output_scale * x)
 
 
 WIDE = 2**19  # inputs x outputs from which a convolution counts as wide
@@ -340,6 +354,12 @@ class ConvNeXtBlock(nn.Module):
         y = self.depthwise(F.pad(y, (self.behind, 0)) if self.behind else y).transpose(1, 2)
         y = self.contract(F.gelu(self.expand(self.norm(y))))
         return x + self.layer_scale * y
+
+
+def convnext_blocks(config: SpectralConfig | LappedConfig) -> nn.Sequential:
+    """The blocks of a body at frame rate."""
+    return nn.Sequential(*[ConvNeXtBlock(config.dim, config.expansion, config.kernel_size, 1 / config.n_blocks)
+                           for _ in range(config.n_blocks)])  # fmt: skip
 
 
 def stft_frames(wav: Tensor, n_fft: int, hop_length: int, window: Tensor) -> Tensor:

@@ -10,6 +10,9 @@ from codec.model import Codec
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
 
+LAPPED = "model.encoder={{type: lapped, window_length: {}, hop_length: {}, dim: 8, n_blocks: 1, kernel_size: {}}}"
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_every_shipped_config_is_valid_builds_and_survives_a_round_trip(path):
     config = load_config(path)
@@ -28,7 +31,7 @@ def test_every_shipped_config_is_valid_builds_and_survives_a_round_trip(path):
         ("data.batch_size=1.5", "data.batch_size=1.5, expected int"),
         ("train.compile=1", "train.compile=1, expected bool"),
         ("optim.lr_g=fast", "optim.lr_g='fast', expected float"),
-        ("model.encoder.type=cnov", "model.encoder.type='cnov', expected conv | spectral"),
+        ("model.encoder.type=cnov", "model.encoder.type='cnov', expected conv | spectral | lapped"),
         ("losses.adversarial=hing", "losses.adversarial='hing', expected hinge | least_squares | bce"),
         ("model.decoder.strides=[4, 4]", "model.decoder has hop_length 16, model.encoder 20"),
         ("loss_weights.codebook=1.0", "EMA codebooks take no gradient"),
@@ -39,7 +42,12 @@ def test_every_shipped_config_is_valid_builds_and_survives_a_round_trip(path):
         ("data.segments_per_epoch=2", "less than one batch"),
         ("losses.mel_bins=[10]", "they go in pairs"),
         ("nonsense", "expected key=value"),
-        ("model.encoder.type=[conv]", "expected conv | spectral"),
+        ("model.encoder.type=[conv]", "expected conv | spectral | lapped"),
+        (LAPPED.format(41, 40, 5), "expected even numbers, window_length above hop_length and at most twice as long"),
+        (LAPPED.format(20, 20, 5), "expected even numbers, window_length above hop_length and at most twice as long"),
+        (LAPPED.format(42, 20, 5), "expected even numbers, window_length above hop_length and at most twice as long"),
+        (LAPPED.format(30, 20, 4), "model.encoder.kernel_size=4, expected an odd number"),
+        (LAPPED.format(30, 20, 5), "are to be of type lapped both, with one window_length"),
         ("model.quantizer.dropout=1.5", "model.quantizer.dropout=1.5, expected 0 to 1"),
         ("losses.cspec_phase_share=1.5", "losses.cspec_phase_share=1.5, expected 0 to 1"),
         ("losses.cspec_power=-0.3", "losses.cspec_power=-0.3, expected 0 to 1"),

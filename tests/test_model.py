@@ -12,6 +12,7 @@ from codec.config import (
     ConvEncoderConfig,
     EMAQuantizerConfig,
     FactorizedQuantizerConfig,
+    LappedConfig,
     ModelConfig,
     SpectralConfig,
     TransformerConfig,
@@ -47,6 +48,7 @@ MODELS = {
     "semantic blocks": conv_model((2, 5), replace(EMA, n_semantic=1, semantic_blocks=1)),
     "spectral": ModelConfig(8000, 12, SpectralConfig("spectral", 80, 20, 16, 2), EMA,
                             SpectralConfig("spectral", 80, 20, 16, 2)),
+    "lapped": ModelConfig(8000, 12, LappedConfig("lapped", 30, 20, 16, 2), EMA, LappedConfig("lapped", 30, 20, 16, 2)),
     "factorised": conv_model((2, 5), FACTORIZED),
 }  # fmt: skip
 all_models = pytest.mark.parametrize("config", MODELS.values(), ids=MODELS.keys())
