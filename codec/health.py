@@ -29,7 +29,7 @@ KNOWN = frozenset(
         *[f"pull_{a}_{b}" for a in TERMS for b in (*TERMS, "rest")],
         *[f"{name}_{level}" for name in ("perplexity", "dead") for level in LEVELS])]
     + [f"val/{name}" for name in (
-        "snr_db", "si_sdr_db", "amplitude_ratio", "dc_offset", "mel",
+        "snr_db", "si_sdr_db", "amplitude_ratio", "dc_offset", "mel", "latent_dims",
         *[f"{teacher}{what}" for teacher in ("llm", "wavlm", "pitch") for what in ("", "_gain")],
         *[f"{name}_{level}" for name in ("perplexity", "used") for level in LEVELS])]
 )  # fmt: skip
@@ -66,7 +66,8 @@ TOLD = {"train/mel": "distance of mel spectra, the loss", "train/cspec": "distan
         "train/vq": "quantizer: commitment and codebook",
         "train/commit": "latent to code: the encoder's side",
         "train/grad_norm_g": "generator's gradient", "train/grad_norm_d": "discriminator's gradient",
-        "val/perplexity_0": "entries of the first codebook in use", "val/wavlm_gain": "0 a constant answer, 1 perfect",
+        "val/perplexity_0": "entries of the first codebook in use",
+        "val/latent_dims": "directions in which the latent varies", "val/wavlm_gain": "0 a constant answer, 1 perfect",
         "val/llm_gain": "0 a constant answer, 1 perfect"}  # fmt: skip
 
 NOT_YET = 100  # updates below which nothing found means nothing
@@ -444,6 +445,21 @@ def stalls(h: History) -> Finding | None:
     return Finding(0, "nothing is learnt", "warning", 0.6, evidence, mend)
 
 
+def left_behind(h: History) -> Finding | None:
+    """Validation falls apart while training stands: averaged weights that no longer fit together, or learning by heart."""
+    heard, level, training = h.values("val/snr_db"), h.last("val/amplitude_ratio"), h.values("train/snr_db")
+    if len(heard) < 2 or len(training) < 20:
+        return None
+    fell, stands = heard.max() - heard[-1], np.median(training[-10:])
+    if fell < 5 or stands < heard[-1] + 5 or stands < np.median(training[:-10]) - 2:
+        return None
+    evidence = (f"val/snr_db was {heard.max():.1f} dB and is {heard[-1]:.1f}, amplitude {level:.2f}, while train/snr_db stands at "
+                f"{stands:.1f}")  # fmt: skip
+    mend = ("look at train/commit and train/code_norm: where latents grow, optim.ema_decay averages weights of unlike scales; "
+            "loss_weights.commit higher, optim.lr_g lower, or ema_decay 0.99")  # fmt: skip
+    return Finding(0, "validation left behind", "warning", 0.7, evidence, mend)
+
+
 def collapse(h: History) -> Finding | None:
     """Fatal where every codebook has one entry left, or one fell that was in use; a young encoder hardly varies yet."""
     size = h.last("train/codebook_size", 1024)
@@ -465,7 +481,7 @@ def collapse(h: History) -> Finding | None:
 FAILURES = (
     nonfinite, tiny_epoch, bad_audio, wrong_gradient, frozen_codebooks, too_loud, spikes, discriminator_wins,
     discriminator_learns_nothing, nothing_heard, diverges, drowned_by_vq, stuck_teacher, false_mel, collapse,
-    discriminator_fooled, stalls,
+    discriminator_fooled, stalls, left_behind,
 )  # fmt: skip
 
 

@@ -252,6 +252,16 @@ def test_a_run_that_learns_nothing_is_named_by_its_rate_where_that_is_high():
     assert named(**flat | {"val__mel": rising(11.4, 9.0)}) == []
 
 
+def test_a_validation_that_falls_apart_while_training_stands_is_said():
+    # as it was where latents grew thirtyfold in 2000 updates: the averaged weights no longer fitted together
+    blown = {"val__snr_db": lambda x: 10.2 if x < 0.6 else -5.4, "val__amplitude_ratio": 2.74, "train__snr_db": rising(8.3, 8.9)}
+    (finding,) = diagnose(History.from_rows(rows(**blown))).findings
+    assert (finding.number, finding.level, finding.title) == (0, "warning", "validation left behind")
+    assert "was 10.2 dB and is -5.4" in finding.evidence
+    assert named(**blown | {"train__snr_db": rising(8.3, -4)}) == []  # training falls too: another matter
+    assert named(**blown | {"val__snr_db": rising(10.2, 7)}) == []
+
+
 def test_one_entry_in_every_codebook_is_a_collapse_and_few_in_a_young_one_are_watched():
     collapse = {"val__perplexity_0": 1.0, "val__perplexity_1": 1.01}
     assert named(**collapse) == [8]
