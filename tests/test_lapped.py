@@ -58,7 +58,7 @@ def test_transform_is_the_principal_components():
     start_transform(codec.encoder, codec.decoder, sounds())
     frames = torch.cat([lapped_frames(wav[:, 0], lapped_window(LENGTH, HOP), HOP)[0] for wav in sounds()]).double().numpy()
     _, singular, components = np.linalg.svd(frames, full_matrices=False)
-    ours = codec.encoder.transform.weight.double().numpy()
+    ours = codec.encoder.components.double().numpy().T
     np.testing.assert_allclose(ours.T @ ours, components[:12].T @ components[:12], atol=1e-4)
     np.testing.assert_allclose(codec.decoder.transform.weight.numpy(), ours.T, atol=1e-6)
     lost = np.square(frames - frames @ ours.T @ ours).sum()
@@ -77,6 +77,16 @@ def test_a_codec_works_before_it_is_trained():
     # the networks' first additions are small: the sound is nearly the transform's and the codebooks' alone
     assert metrics.snr_db(held_out, started.eval()(held_out).wav_hat).item() > 5
     assert metrics.snr_db(held_out, random.eval()(held_out).wav_hat).item() < 1
+
+
+def test_the_networks_turn_a_latent_and_leave_its_length():
+    codec, wav = model(24), sounds()[0]
+    start_transform(codec.encoder, codec.decoder, [wav])
+    before = codec.encoder(wav)
+    torch.nn.init.normal_(codec.encoder.to_latent.weight, std=0.3)
+    after = codec.encoder(wav)
+    torch.testing.assert_close(after.norm(dim=1), before.norm(dim=1))
+    assert torch.cosine_similarity(after, before, dim=1).median() < 0.9
 
 
 def test_latents_follow_the_root_of_the_level():
