@@ -275,7 +275,7 @@ def validate(t: Training, val: DistilledSegments, config: Config, device: torch.
     share = -(-config.data.val_segments // distributed.world_size())
     first = distributed.rank() * share
     codec.eval()
-    per_item, codes, taught = [], [], {name: torch.zeros(3, device=device) for name in val.teachers}
+    per_item, codes, latents, taught = [], [], [], {name: torch.zeros(3, device=device) for name in val.teachers}
     for index in range(first, first + share):
         wav, targets = default_collate([val[index]])
         wav, targets = wav.to(device), to_device(targets, device)
@@ -285,6 +285,8 @@ def validate(t: Training, val: DistilledSegments, config: Config, device: torch.
             constant = 1 - F.cosine_similarity(val.teachers[name].mean.to(device), values, -1)
             taught[name] += torch.stack([(loss * mask).sum(), (constant * mask).sum(), mask.sum()])
         codes.append(out.quantized.codes)
+        if out.quantized.residuals is not None:
+            latents.append(out.quantized.residuals[0].flatten(0, 1))
         per_item.append(torch.stack([metrics.snr_db(wav, out.wav_hat), metrics.si_sdr_db(wav, out.wav_hat),
                                      metrics.amplitude_ratio(wav, out.wav_hat), metrics.dc_offset(out.wav_hat),
                                      metrics.mel_distance(wav, out.wav_hat, codec.sample_rate)], 1))  # fmt: skip
@@ -303,6 +305,8 @@ def validate(t: Training, val: DistilledSegments, config: Config, device: torch.
         loss, constant, n_frames = distributed.all_reduce_sum(sums).tolist()
         if n_frames:  # gain: how far from what the best constant answer reaches to 0
             scores |= {f"val/{name}": loss / n_frames, f"val/{name}_gain": 1 - loss / constant}
+    if latents:
+        scores["val/latent_dims"] = metrics.latent_dims(distributed.all_gather_cat(torch.cat(latents))).item()
     for level in range(codec.n_codebooks):
         scores[f"val/perplexity_{level}"] = perplexity[level].item()
         scores[f"val/used_{level}"] = used[level].item()

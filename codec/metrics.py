@@ -162,6 +162,20 @@ def codebook_usage(codes: Tensor, codebook_size: int) -> tuple[Tensor, Tensor]:
     return (counts > 0).float().mean(1), torch.special.entr(frequencies).sum(1).exp()
 
 
+def latent_dims(latents: Tensor) -> Tensor:
+    """Directions in which latents vary: eigenvalues of their covariance above a thousandth of the mean one.
+
+    Where it is far below D, a frame is fewer numbers than its bits could describe, and what is lost no codebook codes.
+
+    Args:
+        latents: [M, D] frames as the first codebook gets them.
+    Returns:
+        scalar, 0 (all frames alike) to D.
+    """
+    variances = torch.linalg.eigvalsh(torch.cov(latents.double().T).reshape(latents.shape[1], -1))
+    return (variances > 1e-3 * variances.mean()).sum()
+
+
 @torch.no_grad()
 def discriminator_accuracy(
     logits_real: list[Tensor], logits_fake: list[Tensor], kind: str

@@ -179,3 +179,14 @@ def test_a_package_that_is_not_installed_gives_none(monkeypatch, metric, package
 
     monkeypatch.setattr(builtins, "__import__", without)
     assert metric(torch.zeros(1, 1, 16000), torch.zeros(1, 1, 16000), 16000) is None
+
+
+def test_latent_dims_counts_directions_not_axes():
+    torch.manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(16, 16)).Q
+    latents = torch.randn(500, 5) @ basis[:5] + 3 * basis[9]  # five directions around an offset, along no axis
+    assert metrics.latent_dims(latents) == 5
+    assert (latents.var(0) > 1e-3 * latents.var(0).mean()).sum() == 16  # what counting axes would say
+    assert metrics.latent_dims(torch.randn(500, 16)) == 16
+    assert metrics.latent_dims(torch.ones(500, 16)) == 0
+    assert metrics.latent_dims(torch.randn(500, 1)) == 1
