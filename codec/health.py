@@ -453,8 +453,8 @@ def left_behind(h: History) -> Finding | None:
     fell, stands = heard.max() - heard[-1], np.median(training[-10:])
     if fell < 5 or stands < heard[-1] + 5 or stands < np.median(training[:-10]) - 2:
         return None
-    evidence = (f"val/snr_db was {heard.max():.1f} dB and is {heard[-1]:.1f}, amplitude {level:.2f}, while train/snr_db stands at "
-                f"{stands:.1f}")  # fmt: skip
+    evidence = (f"val/snr_db was {heard.max():.1f} dB and is {heard[-1]:.1f}, amplitude {level:.2f}, while train/snr_db "
+                f"stands at {stands:.1f}")  # fmt: skip
     mend = ("look at train/commit and train/code_norm: where latents grow, optim.ema_decay averages weights of unlike scales; "
             "loss_weights.commit higher, optim.lr_g lower, or ema_decay 0.99")  # fmt: skip
     return Finding(0, "validation left behind", "warning", 0.7, evidence, mend)
