@@ -83,7 +83,7 @@ from codec.watch import NEUTRAL, OF_INTERVALS, CodebookWatch, gradient_figures, 
 
 ONLY_AT_START = ("init_from", "disc_warmup_steps")  # keys of train without a say in a resumed run; a warm-up can end early
 PROJECTIONS = ("project_in", "project_out", "own_inputs", "in_proj", "out_proj", "path")  # of a quantizer
-TRANSFORM_FRAMES = 20_000  # whose principal components a lapped body starts from
+TRANSFORM_FRAMES = 20_000  # that a lapped body starts from
 BRIEF_S, PREFLIGHT_S = 30.0, 600.0  # seconds of audio that are looked at before a run, and by --preflight
 EXAMINED_BYTES = 8_000_000  # of the end of metrics.jsonl, some thousand lines, that the doctor reads at a validation
 VAL_SEED = 12345  # validation segments are the same in every run on the same data
@@ -410,7 +410,8 @@ def start_from_speech(codec: Codec, dataset: SegmentDataset, config: Config, dev
     """What of a new codec does not start at random: a lapped body's transform, then Euclidean codebooks."""
     if config.model.encoder.type == "lapped":
         n_batches = -(-TRANSFORM_FRAMES * codec.hop_length // (config.data.batch_size * config.data.segment_samples))
-        start_transform(codec.encoder, codec.decoder, start_batches(dataset, config, device, n_batches))
+        wavs = [distributed.all_gather_cat(wav) for wav in start_batches(dataset, config, device, n_batches)]
+        start_transform(codec.encoder, codec.decoder, torch.cat(wavs))
     if config.model.quantizer.type == "ema":
         start_codebooks(codec, dataset, config, device)
 

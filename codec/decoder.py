@@ -107,6 +107,8 @@ class SpectralDecoder(nn.Module):
             return self.output(wav_hat[:, None])
 
 
-def build_decoder(config: ConvDecoderConfig | SpectralConfig | LappedConfig, latent_dim: int) -> nn.Module:
+def build_decoder(
+    config: ConvDecoderConfig | SpectralConfig | LappedConfig, latent_dim: int
+) -> ConvDecoder | SpectralDecoder | LappedDecoder:
     """The decoder that `decoder.type` names."""
     return {"conv": ConvDecoder, "spectral": SpectralDecoder, "lapped": LappedDecoder}[config.type](config, latent_dim)

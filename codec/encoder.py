@@ -106,6 +106,10 @@ class SpectralEncoder(nn.Module):
         return self.to_latent(self.norm_out(x)).transpose(1, 2)
 
 
-def build_encoder(config: ConvEncoderConfig | SpectralConfig | LappedConfig, latent_dim: int) -> nn.Module:
+def build_encoder(
+    config: ConvEncoderConfig | SpectralConfig | LappedConfig, latent_dim: int, sample_rate: int
+) -> ConvEncoder | SpectralEncoder | LappedEncoder:
     """The encoder that `encoder.type` names."""
-    return {"conv": ConvEncoder, "spectral": SpectralEncoder, "lapped": LappedEncoder}[config.type](config, latent_dim)
+    if config.type == "lapped":
+        return LappedEncoder(config, latent_dim, sample_rate)
+    return (ConvEncoder if config.type == "conv" else SpectralEncoder)(config, latent_dim)

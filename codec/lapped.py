@@ -1,7 +1,6 @@
-"""A lapped transform with networks beside it: the body whose training starts as a codec that works."""
+"""The body whose training starts as a codec that works: a lapped transform and an envelope, with networks beside them."""
 
 import math
-from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -9,9 +8,154 @@ from torch import Tensor, nn
 
 from codec import distributed
 from codec.config import LappedConfig
-from codec.layers import ScaledTanh, convnext_blocks, reach_in_samples
+from codec.layers import ScaledTanh, convnext_blocks, istft_frames, reach_in_samples, stft_frames
+from codec.spectral import mel_filterbank
 
 LEAST_LEVEL = 1e-3  # of a frame, so that silence has a direction too
+LEAST_BAND = 0.1  # magnitude of a band that counts as silent: -50 dB of a loud one
+LEAST_BIN = 1e-2  # likewise of one frequency
+ENVELOPE_POWER = 0.5  # of the numbers for the envelope together; those for the waveform have about 2
+
+
+class LappedEncoder(nn.Module):
+    """Overlapping frames to numbers for the waveform and for the spectral envelope, which ConvNeXt blocks then improve.
+
+    Both kinds are principal components (`start_transform`), of a frame's samples and of its log-mel spectrum, and the blocks
+    change next to nothing at first. So the codec works before its first update: its bits carry the strongest of the
+    waveform, mostly below 1 kHz, and how loud it is everywhere else.
+
+    The numbers for the waveform have the root of the norm that the transform gives, so that quiet speech has its share of the
+    codebooks. The blocks turn them and cannot make them longer: where they could, latents grew thirtyfold within 2000 updates
+    and left averaged weights behind.
+
+    Source: lapped transforms, Malvar 1992; envelope beside a waveform that is coded low down, as spectral band replication
+    (Dietz et al. 2002); ConvNeXt in time as in Vocos (Siuzdak 2023). Joining them this way is ours.
+    """
+
+    def __init__(self, config: LappedConfig, latent_dim: int, sample_rate: int):
+        super().__init__()
+        self.n_fft, self.hop_length, self.n_envelope = config.n_fft, config.hop_length, config.n_envelope
+        n_waveform = latent_dim - config.n_envelope
+        with torch.device("cpu"):  # torchaudio cannot compute filters without memory
+            filters = mel_filterbank(sample_rate, config.n_fft, config.n_bands)
+        self.register_buffer("filters", filters / filters.sum(0).clamp(min=1e-9), persistent=False)
+        self.register_buffer("window", lapped_window(config.window_length, config.hop_length), persistent=False)
+        self.register_buffer("long_window", torch.hann_window(config.n_fft), persistent=False)
+        self.register_buffer("components", torch.randn(config.window_length, n_waveform) / config.window_length**0.5)
+        self.register_buffer("mean_bands", torch.zeros(config.n_bands))
+        self.register_buffer("envelopes", torch.randn(config.n_bands, config.n_envelope) / config.n_bands)
+        self.embed = nn.Linear(config.window_length + config.n_bands, config.dim)
+        self.blocks = convnext_blocks(config)
+        self.norm = nn.LayerNorm(config.dim)
+        self.to_latent = nn.Linear(config.dim, latent_dim)
+        nn.init.normal_(self.to_latent.weight, std=1e-3)  # little, and yet a gradient passes
+        nn.init.zeros_(self.to_latent.bias)
+        self.tail = nn.Sequential()
+
+    @property
+    def reach_samples(self) -> float:
+        """Receptive field in samples, minus 1."""
+        return self.n_fft - 1 + reach_in_samples(self.blocks) * self.hop_length
+
+    @property
+    def receptive_field_samples(self) -> float:
+        """Samples that one latent frame can depend on."""
+        return self.reach_samples + 1
+
+    def forward(self, wav: Tensor) -> Tensor:
+        """wav [B, 1, T], T a multiple of hop_length, to z [B, D, T / hop_length]; the envelope's numbers come last."""
+        frames = lapped_frames(wav[:, 0], self.window, self.hop_length)
+        bands = self.bands(wav) - self.mean_bands
+        x = self.blocks(self.embed(torch.cat([frames / level(frames).sqrt(), bands], -1)))
+        z = frames @ self.components
+        turn, bend = self.to_latent(self.norm(x)).split([z.shape[-1], self.n_envelope], -1)
+        waveform = level(z).sqrt() * F.normalize(z / level(z) + turn, dim=-1)
+        envelope = bands @ self.envelopes + bend.tanh()
+        return torch.cat([waveform, envelope], -1).transpose(1, 2)
+
+    def bands(self, wav: Tensor) -> Tensor:
+        """wav [B, 1, T] to the logarithm of mean magnitudes in mel bands [B, T', n_bands]."""
+        magnitudes = stft_frames(wav[:, 0], self.n_fft, self.hop_length, self.long_window).abs()
+        return (magnitudes.transpose(1, 2) @ self.filters + LEAST_BAND).log()
+
+
+class LappedDecoder(nn.Module):
+    """The way back of `LappedEncoder`: its transform inverted, plus an inverse STFT for all that the transform leaves out.
+
+    The envelope's numbers give the magnitudes to begin with (`to_magnitudes`, started by least squares); ConvNeXt blocks give
+    the phases, and what is to change about the magnitudes. Magnitude and phase as in Vocos (Siuzdak 2023), section 3.2.
+    """
+
+    def __init__(self, config: LappedConfig, latent_dim: int):
+        super().__init__()
+        self.n_fft, self.hop_length, self.n_envelope = config.n_fft, config.hop_length, config.n_envelope
+        self.register_buffer("window", lapped_window(config.window_length, config.hop_length), persistent=False)
+        self.register_buffer("long_window", torch.hann_window(config.n_fft), persistent=False)
+        self.transform = nn.Linear(latent_dim - config.n_envelope, config.window_length, bias=False)
+        self.to_magnitudes = nn.Linear(config.n_envelope, config.n_fft // 2 + 1)
+        self.embed = nn.Conv1d(latent_dim, config.dim, config.kernel_size, padding=config.kernel_size // 2)
+        self.blocks = convnext_blocks(config)
+        self.norm = nn.LayerNorm(config.dim)
+        self.to_spectrum = nn.Linear(config.dim, config.n_fft + 2)
+        self.output = ScaledTanh()
+        self.head = nn.Sequential()
+
+    @property
+    def reach_frames(self) -> float:
+        """Receptive field in frames, minus 1."""
+        return (self.n_fft - 1) / self.hop_length + reach_in_samples(self.embed) + reach_in_samples(self.blocks)
+
+    def forward(self, z_q: Tensor) -> Tensor:
+        """z_q [B, D, T'] to wav_hat [B, 1, T' x hop_length]."""
+        x = self.norm(self.blocks(self.embed(z_q).transpose(1, 2)))
+        with torch.autocast(z_q.device.type, enabled=False):  # phases and samples need more than bf16
+            z = z_q.float().transpose(1, 2)
+            z, envelope = z.split([z.shape[-1] - self.n_envelope, self.n_envelope], -1)
+            wav_hat = overlap_add(level(z) * self.transform(z), self.window, self.hop_length)
+            change, phase = self.to_spectrum(x.float()).chunk(2, dim=-1)
+            log_magnitude = (self.to_magnitudes(envelope) + change).clamp(max=5.0)
+            spectrum = torch.polar(log_magnitude.exp(), phase).transpose(1, 2)
+            wav_hat = wav_hat + istft_frames(spectrum, self.n_fft, self.hop_length, self.long_window)
+            return self.output(wav_hat[:, None])
+
+
+# ------------------------------------------------------------------------------ the start
+
+
+@torch.no_grad()
+def start_transform(encoder: LappedEncoder, decoder: LappedDecoder, wav: Tensor) -> None:
+    """Make a new encoder and decoder a codec, from sounds [B, 1, T] that are the same on every rank.
+
+    No other linear transform to so many numbers a frame loses less than the principal components (Karhunen-Loève).
+    """
+    frames = lapped_frames(wav[:, 0], encoder.window, encoder.hop_length)
+    components = strongest_directions(frames.flatten(0, 1), encoder.components.shape[1])
+    bands = encoder.bands(wav).flatten(0, 1)
+    mean = bands.mean(0)
+    envelopes = strongest_directions(bands - mean, encoder.n_envelope)
+    envelopes *= (ENVELOPE_POWER / ((bands - mean) @ envelopes).square().sum(1).mean()).sqrt()
+
+    # Least squares from the envelope's numbers to the log-magnitudes of what the transform leaves out
+    rest = wav[:, 0] - overlap_add(frames @ components @ components.T, encoder.window, encoder.hop_length)
+    spectra = stft_frames(rest, encoder.n_fft, encoder.hop_length, encoder.long_window).abs()
+    known = F.pad((bands - mean) @ envelopes, (0, 1), value=1.0)
+    wanted = (spectra + LEAST_BIN).log().transpose(1, 2).flatten(0, 1)
+    solution = torch.linalg.solve(known.T @ known, known.T @ wanted)
+
+    starts = ((encoder.components, components), (encoder.mean_bands, mean), (encoder.envelopes, envelopes),
+              (decoder.transform.weight, components), (decoder.to_magnitudes.weight, solution[:-1].T),
+              (decoder.to_magnitudes.bias, solution[-1]))  # fmt: skip
+    for target, value in starts:
+        target.copy_(distributed.broadcast(value.contiguous()))  # a GPU's eigenvectors may differ from rank to rank
+
+
+def strongest_directions(x: Tensor, n: int) -> Tensor:
+    """x [M, D] to the n orthonormal directions [D, n] that hold most of its power, strongest first."""
+    x = x.double()
+    return torch.linalg.eigh(x.T @ x).eigenvectors.flip(1)[:, :n].to(torch.float32)
+
+
+# ------------------------------------------------------------------------------ frames
 
 
 def lapped_window(window_length: int, hop_length: int) -> Tensor:
@@ -38,102 +182,3 @@ def overlap_add(frames: Tensor, window: Tensor, hop_length: int) -> Tensor:
 def level(x: Tensor) -> Tensor:
     """Norm over the last dimension, kept and above 0."""
     return (x.square().sum(-1, keepdim=True) + LEAST_LEVEL**2).sqrt()
-
-
-def small_linear(dim_in: int, dim_out: int) -> nn.Linear:
-    """A linear layer that adds little at first and yet passes a gradient on."""
-    linear = nn.Linear(dim_in, dim_out)
-    nn.init.normal_(linear.weight, std=1e-3)
-    nn.init.zeros_(linear.bias)
-    return linear
-
-
-class LappedEncoder(nn.Module):
-    """A linear transform of overlapping frames, plus what ConvNeXt blocks at frame rate find to add.
-
-    The transform is the principal components of speech (`start_transform`), and the blocks add almost nothing at first: the
-    codec is then an old transform codec, at once far better than an untrained network. Latents have the root of the norm
-    that the transform gives, so that quiet speech has its share of the codebooks; the blocks turn them and cannot make
-    them longer. Where they could, latents grew thirtyfold within 2000 updates and left averaged weights behind.
-
-    Source: lapped transforms, Malvar 1992; ConvNeXt in time as in Vocos (Siuzdak 2023). Joining them this way is ours.
-    """
-
-    def __init__(self, config: LappedConfig, latent_dim: int):
-        super().__init__()
-        self.hop_length = config.hop_length
-        self.register_buffer("window", lapped_window(config.window_length, config.hop_length), persistent=False)
-        self.register_buffer("components", torch.randn(config.window_length, latent_dim) / config.window_length**0.5)
-        self.embed = nn.Linear(config.window_length, config.dim)
-        self.blocks = convnext_blocks(config)
-        self.norm = nn.LayerNorm(config.dim)
-        self.to_latent = small_linear(config.dim, latent_dim)
-        self.tail = nn.Sequential()
-
-    @property
-    def reach_samples(self) -> float:
-        """Receptive field in samples, minus 1."""
-        return len(self.window) - 1 + reach_in_samples(self.blocks) * self.hop_length
-
-    @property
-    def receptive_field_samples(self) -> float:
-        """Samples that one latent frame can depend on."""
-        return self.reach_samples + 1
-
-    def forward(self, wav: Tensor) -> Tensor:
-        """wav [B, 1, T], T a multiple of hop_length, to z [B, D, T / hop_length]."""
-        frames = lapped_frames(wav[:, 0], self.window, self.hop_length)
-        z = frames @ self.components
-        x = self.norm(self.blocks(self.embed(frames / level(frames).sqrt())))
-        shape = F.normalize(z / level(z) + self.to_latent(x), dim=-1)
-        return (level(z).sqrt() * shape).transpose(1, 2)
-
-
-class LappedDecoder(nn.Module):
-    """The way back of `LappedEncoder`: a linear transform, plus what ConvNeXt blocks make of the frames around."""
-
-    def __init__(self, config: LappedConfig, latent_dim: int):
-        super().__init__()
-        self.hop_length = config.hop_length
-        self.register_buffer("window", lapped_window(config.window_length, config.hop_length), persistent=False)
-        self.transform = nn.Linear(latent_dim, config.window_length, bias=False)
-        self.embed = nn.Conv1d(latent_dim, config.dim, config.kernel_size, padding=config.kernel_size // 2)
-        self.blocks = convnext_blocks(config)
-        self.norm = nn.LayerNorm(config.dim)
-        self.to_frames = small_linear(config.dim, config.window_length)
-        self.output = ScaledTanh()
-        self.head = nn.Sequential()
-
-    @property
-    def reach_frames(self) -> float:
-        """Receptive field in frames, minus 1."""
-        return (len(self.window) - 1) / self.hop_length + reach_in_samples(self.embed) + reach_in_samples(self.blocks)
-
-    def forward(self, z_q: Tensor) -> Tensor:
-        """z_q [B, D, T'] to wav_hat [B, 1, T' x hop_length]."""
-        z = z_q.transpose(1, 2)
-        x = self.norm(self.blocks(self.embed(z_q).transpose(1, 2)))
-        with torch.autocast(z_q.device.type, enabled=False):  # samples need more than bf16
-            z = z.float()
-            frames = level(z) * (self.transform(z) + self.to_frames(x.float()))
-            return self.output(overlap_add(frames, self.window, self.hop_length)[:, None])
-
-
-@torch.no_grad()
-def start_transform(encoder: LappedEncoder, decoder: LappedDecoder, wavs: Iterable[Tensor]) -> None:
-    """Make both transforms the principal components of these sounds' frames, identical on all ranks.
-
-    No other linear transform to so many numbers a frame loses less (Karhunen-Loève).
-
-    Args:
-        wavs: [B, 1, T] each, this rank's share.
-    """
-    window, covariance = encoder.window, 0
-    for wav in wavs:
-        frames = lapped_frames(wav[:, 0], window, encoder.hop_length).flatten(0, 1)
-        covariance = covariance + frames.T @ frames
-    covariance = distributed.all_reduce_sum(covariance)
-    components = torch.linalg.eigh(covariance.double()).eigenvectors.flip(1)  # the strongest first
-    encoder.components.copy_(components[:, : encoder.components.shape[1]])
-    distributed.broadcast(encoder.components)
-    decoder.transform.weight.copy_(encoder.components)

@@ -32,7 +32,7 @@ class Codec(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.encoder = build_encoder(config.encoder, config.latent_dim)
+        self.encoder = build_encoder(config.encoder, config.latent_dim, config.sample_rate)
         causal = config.encoder.type == "conv" and config.encoder.causal
         self.quantizer = build_quantizer(config.quantizer, config.latent_dim, causal)
         self.decoder = build_decoder(config.decoder, config.latent_dim)

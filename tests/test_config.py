@@ -10,7 +10,7 @@ from codec.model import Codec
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
 
-LAPPED = "model.encoder={{type: lapped, window_length: {}, hop_length: {}, dim: 8, n_blocks: 1, kernel_size: {}}}"
+LAPPED = "model.encoder={{type: lapped, window_length: {}, hop_length: {}, n_fft: {}, n_envelope: 2, dim: 8, n_blocks: 1}}"
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
@@ -43,11 +43,11 @@ def test_every_shipped_config_is_valid_builds_and_survives_a_round_trip(path):
         ("losses.mel_bins=[10]", "they go in pairs"),
         ("nonsense", "expected key=value"),
         ("model.encoder.type=[conv]", "expected conv | spectral | lapped"),
-        (LAPPED.format(41, 40, 5), "expected even numbers, window_length above hop_length and at most twice as long"),
-        (LAPPED.format(20, 20, 5), "expected even numbers, window_length above hop_length and at most twice as long"),
-        (LAPPED.format(42, 20, 5), "expected even numbers, window_length above hop_length and at most twice as long"),
-        (LAPPED.format(30, 20, 4), "model.encoder.kernel_size=4, expected an odd number"),
-        (LAPPED.format(30, 20, 5), "are to be of type lapped both, with one window_length"),
+        (LAPPED.format(41, 40, 80), "expected even numbers, window_length above hop_length and at most twice as long"),
+        (LAPPED.format(20, 20, 80), "expected even numbers, window_length above hop_length and at most twice as long"),
+        (LAPPED.format(42, 20, 80), "expected even numbers, window_length above hop_length and at most twice as long"),
+        (LAPPED.format(30, 20, 81), "model.encoder.n_fft=81, expected an even number, at least hop_length=20"),
+        (LAPPED.format(30, 20, 80), "are to be lapped both, with the same window_length, n_fft, n_envelope"),
         ("model.quantizer.dropout=1.5", "model.quantizer.dropout=1.5, expected 0 to 1"),
         ("losses.cspec_phase_share=1.5", "losses.cspec_phase_share=1.5, expected 0 to 1"),
         ("losses.cspec_power=-0.3", "losses.cspec_power=-0.3, expected 0 to 1"),

@@ -22,6 +22,7 @@ from codec.layers import remove_weight_norm
 from codec.model import Codec
 
 EMA = EMAQuantizerConfig("ema", 3, 16, 8)
+LAPPED = LappedConfig("lapped", 30, 20, 80, 4, 16, 2, n_bands=10)
 FACTORIZED = FactorizedQuantizerConfig("factorized", 3, 16, 4)
 TRANSFORMER = TransformerConfig(n_layers=2, n_heads=2, ff_dim=16, window=30, layer_scale=0.5)
 SEANET = {"causal": True, "activation": "elu", "dilations": (1,), "residual_kernel_size": 3, "residual_compress": 2}
@@ -48,7 +49,7 @@ MODELS = {
     "semantic blocks": conv_model((2, 5), replace(EMA, n_semantic=1, semantic_blocks=1)),
     "spectral": ModelConfig(8000, 12, SpectralConfig("spectral", 80, 20, 16, 2), EMA,
                             SpectralConfig("spectral", 80, 20, 16, 2)),
-    "lapped": ModelConfig(8000, 12, LappedConfig("lapped", 30, 20, 16, 2), EMA, LappedConfig("lapped", 30, 20, 16, 2)),
+    "lapped": ModelConfig(8000, 12, LAPPED, EMA, LAPPED),
     "factorised": conv_model((2, 5), FACTORIZED),
 }  # fmt: skip
 all_models = pytest.mark.parametrize("config", MODELS.values(), ids=MODELS.keys())
