@@ -3,7 +3,7 @@
     python benchmarks/speedrun.py run MANIFEST_24KHZ OUT_DIR [--minutes 6] [--only dac ours]
     python benchmarks/speedrun.py table OUT_DIR
 
-From `dac` on every rung is the one before it with one thing changed; all have 6 kbps and 6.1 to 6.3M parameters. Runs go one
+From `dac` on every rung is the one before it with one thing changed; all have 6 kbps and 4.3 to 4.5M parameters. Runs go one
 after the other on an otherwise idle machine, with the real networks, losses and updates of `train_codec_gan.py`; schedules
 and phases go by the clock, so that each recipe comes to its end. The clock stands still while a run is judged: STOI, PESQ-WB
 and mel distance of whole utterances of the validation split, with averaged weights where the recipe keeps them. A finished
@@ -29,11 +29,11 @@ from codec.config import Config, load_config, phase_at, phase_config
 from codec.data import StepSampler, Utterance, read_manifest, segment_loader
 from codec.files import write_atomically
 from codec.model import Codec
-from train_codec_gan import build, exchange_weights, open_data, start_from_speech, train_step
+from train_codec_gan import average_weights, build, exchange_weights, open_data, start_from_speech, train_step
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
-LOOKS, N_UTTERANCES, MIN_S = 8, 48, 0.8  # looks a run; utterances of at least so many seconds
+LOOKS, N_UTTERANCES, MIN_S = 12, 48, 0.8  # looks a run after the first; utterances of at least so many seconds
 UPDATES = 100_000  # what a config calls its length; the clock decides how many there are
 WANTED = 0.80  # STOI
 
@@ -63,30 +63,32 @@ def phases(rung: Rung) -> str:
 
 SEGMENTS = ("data.segments_per_epoch=4000", "data.n_workers=0", "train.precision=fp32")
 DAC = (
-    "model.encoder.encoder_dim=20", "model.decoder.decoder_dim=432", "model.latent_dim=256", "model.quantizer.n_codebooks=8",
+    "model.encoder.encoder_dim=18", "model.decoder.decoder_dim=352", "model.latent_dim=256", "model.quantizer.n_codebooks=8",
     "data.segment_samples=9280", "data.batch_size=4",
     "discriminators.sets.0.channels=[8, 32, 128, 256, 256]", "discriminators.sets.1.channels=8",
     # sums over codebooks, so the weights follow their number
     "loss_weights.commit=2.0", "loss_weights.codebook=8.0",
 )  # fmt: skip
 ENCODEC = (
-    "model.encoder.encoder_dim=20", "model.decoder.decoder_dim=336", "model.latent_dim=80", "model.quantizer.codebook_dim=80",
+    "model.encoder.encoder_dim=18", "model.decoder.decoder_dim=272", "model.latent_dim=80", "model.quantizer.codebook_dim=80",
     "model.quantizer.n_codebooks=8", "model.quantizer.dropout_counts=[2, 4, 8]", "model.quantizer.kmeans_frames=16384",
     "data.segment_samples=24000", "data.batch_size=2", "discriminators.sets.0.channels=8",
 )  # fmt: skip
 FLOOR = ("losses.mel_floor=1.0e-2",)
-LATE = ("loss_weights.wave=5.0", "loss_weights.scale=20.0", "loss_weights.mel=1.0")
+LATE = ("loss_weights.wave=5.0", "loss_weights.scale=100.0", "loss_weights.mel=1.0")
 EMA = (
-    "model.quantizer={type: ema, n_codebooks: 8, codebook_size: 1024, codebook_dim: 64, kmeans_frames: 32768, dropout: 0.4, "
+    "model.quantizer={type: ema, n_codebooks: 8, codebook_size: 1024, codebook_dim: 64, kmeans_frames: 32768, dropout: 0.25, "
     "dropout_counts: [2, 4, 8]}", "loss_weights.commit=0.25", "loss_weights.codebook=0.0",
 )  # fmt: skip
 SCALES = ("losses.mel_windows=[192, 768, 2048]", "losses.mel_bins=[20, 40, 100]")
 RATE = ("optim.lr_g=1.0e-3", "optim.schedule=cosine", "optim.min_lr_ratio=0.05", f"optim.warmup_steps={UPDATES // 50}",
         "optim.max_grad_norm_g=5.0", "optim.ema_decay=0.0")  # fmt: skip
-BODY = "{type: spectral, n_fft: 1920, hop_length: 480, dim: 256, n_blocks: 6, expansion: 3, kernel_size: 7}"
-SPECTRAL = (f"model.encoder={BODY}", f"model.decoder={BODY}", "model.quantizer.n_codebooks=12",
+BODY = "{{type: spectral, n_fft: 1920, hop_length: 480, dim: 256, n_blocks: {}, expansion: 3, kernel_size: 7}}"
+SPECTRAL = (f"model.encoder={BODY.format(3)}", f"model.decoder={BODY.format(4)}", "model.quantizer.n_codebooks=12",
             "model.quantizer.dropout_counts=[3, 6, 12]", "data.segment_samples=19200", "data.batch_size=8")  # fmt: skip
 CSPEC = ("loss_weights.cspec=5.0", "loss_weights.wave=1.0")
+LAPPED_BODY = "{{type: lapped, window_length: 720, hop_length: 480, n_fft: 1920, n_envelope: 16, dim: 256, n_blocks: {}}}"
+LAPPED = (f"model.encoder={LAPPED_BODY.format(2)}", f"model.decoder={LAPPED_BODY.format(7)}", "model.latent_dim=64")
 LADDER = [
     Rung("encodec", "encodec_24khz", ENCODEC, 0.0, "EnCodec's shape: causal, LSTM, MS-STFT discriminator, balancer"),
     Rung("dac", "dac_24khz", DAC, 0.0, "DAC's shape: Snake, factorised codebooks, adversary from the start"),
@@ -99,7 +101,9 @@ LADDER = [
          "STFT, ConvNeXt at 50 frames a second, inverse STFT"),
     Rung("cspec", "dac_24khz", DAC + FLOOR + LATE + EMA + SCALES + RATE + SPECTRAL + CSPEC, 0.9,
          "compressed complex spectra, in the first half beside a strong waveform", 0.5),
-    Rung("ours", "base_cpu", RATE, 0.9, "one lean spectral discriminator, hinge: base_cpu.yaml", 0.5),
+    Rung("lapped", "dac_24khz", DAC + FLOOR + LATE + EMA + SCALES + RATE + SPECTRAL + CSPEC + LAPPED, 0.9,
+         "principal components of waveform and envelope to start from, networks beside them"),
+    Rung("ours", "base_cpu", RATE, 0.9, "one lean spectral discriminator, hinge: base_cpu.yaml"),
 ]  # fmt: skip
 
 
@@ -146,18 +150,24 @@ def run_rung(rung: Rung, manifest: Path, seconds: float) -> dict:
     t = build(config, CPU)
     segments, _ = open_data(config)
     start_from_speech(t.codec, segments.segments, config, CPU)
+    average_weights(t, decay=0.0)
     wavs = read_validation(manifest, config.model.sample_rate)
     batches = iter(segment_loader(segments, StepSampler(0, 2**31, config.data.batch_size, 0, 1), 0, pin_memory=False))
     looks, trained, updates = [], 0.0, 0
+
+    def look() -> None:
+        exchange_weights(t)  # with the averages, where the recipe keeps them
+        looks.append({"seconds": trained, "updates": updates, **judge(t.codec, wavs)})
+        exchange_weights(t)
+        print(rung.name, {key: round(value, 3) for key, value in looks[-1].items()}, flush=True)
+
+    look()  # some recipes start as a codec
     while trained < seconds:
         started, step = time.monotonic(), min(int(UPDATES * trained / seconds), UPDATES - 1)
         train_step(next(batches)[0], t, phase_config(config, phase_at(config, step)), step)
         trained, updates = trained + time.monotonic() - started, updates + 1
-        if trained >= seconds * (len(looks) + 1) / LOOKS:
-            exchange_weights(t)  # with the averages, where the recipe keeps them
-            looks.append({"seconds": trained, "updates": updates, **judge(t.codec, wavs)})
-            exchange_weights(t)
-            print(rung.name, {key: round(value, 3) for key, value in looks[-1].items()}, flush=True)
+        if trained >= seconds * len(looks) / LOOKS:
+            look()
     audio_s = updates * config.data.batch_size * config.data.segment_samples / config.model.sample_rate
     return {"name": rung.name, "what": rung.what, "seconds": seconds, "parameters": n_parameters(config.model),
             "audio_per_s": audio_s / trained, "looks": looks}  # fmt: skip
@@ -165,8 +175,10 @@ def run_rung(rung: Rung, manifest: Path, seconds: float) -> dict:
 
 def time_to(looks: list[dict], key: str, wanted: float) -> float | None:
     """Seconds until a figure was reached, read off the straight line between two looks; None: it was not."""
-    before = {"seconds": 0.0, key: 0.0}
-    for look in looks:
+    if looks[0][key] >= wanted:
+        return looks[0]["seconds"]
+    before = looks[0]
+    for look in looks[1:]:
         if look[key] >= wanted:
             share = (wanted - before[key]) / max(look[key] - before[key], 1e-9)
             return before["seconds"] + share * (look["seconds"] - before["seconds"])
