@@ -47,6 +47,7 @@ def test_every_shipped_config_is_valid_builds_and_survives_a_round_trip(path):
         (LAPPED.format(20, 20, 80), "expected even numbers, window_length above hop_length and at most twice as long"),
         (LAPPED.format(42, 20, 80), "expected even numbers, window_length above hop_length and at most twice as long"),
         (LAPPED.format(30, 20, 81), "model.encoder.n_fft=81, expected an even number, at least hop_length=20"),
+        (LAPPED.format(30, 20, "80, kernel_size: 4"), "model.encoder.kernel_size=4, expected an odd number"),
         (LAPPED.format(30, 20, 80), "are to be lapped both, with the same window_length, n_fft, n_envelope"),
         ("model.quantizer.dropout=1.5", "model.quantizer.dropout=1.5, expected 0 to 1"),
         ("losses.cspec_phase_share=1.5", "losses.cspec_phase_share=1.5, expected 0 to 1"),
