@@ -49,6 +49,7 @@ from codec.config import (
     dump_config,
     grown,
     load_config,
+    model_differences,
     parse_config,
     phase_at,
     phase_config,
@@ -456,8 +457,10 @@ def save(run_dir: Path, t: Training, config: Config, state: dict, best: bool) ->
 def restore(folder: Path, t: Training, config: Config) -> dict:
     """Load a checkpoint into `t`; returns its state. The model and discriminators must be the config's."""
     saved = parse_config((folder / "config.yaml").read_text(), str(folder / "config.yaml"))
-    for section in ("model", "discriminators"):
-        if getattr(saved, section) != getattr(config, section):
+    differs = {"model": model_differences(saved.model, config.model),
+               "discriminators": saved.discriminators != config.discriminators}  # fmt: skip
+    for section in differs:
+        if differs[section]:
             raise ValueError(f"{folder}: its {section} section differs from the config's; resume with "
                              f"{folder / 'config.yaml'}, or start a new run with another --run_dir")  # fmt: skip
     if saved.train.freeze != config.train.freeze:
@@ -466,7 +469,7 @@ def restore(folder: Path, t: Training, config: Config) -> dict:
     before, now = to_dict(saved), to_dict(config)
     changed = [f"{section}.{key}" for section in ("losses", "loss_weights", "optim", "data", "train", "distill")
                for key in now[section] if now[section][key] != before[section][key] and key not in ONLY_AT_START]
-    changed += ["phases"] if now["phases"] != before["phases"] else []
+    changed += [section for section in ("phases", "model") if now[section] != before[section]]
     if changed:
         tell(f"note: resumed with other values than before: {', '.join(changed)}")
     state = load_state(folder)

@@ -121,6 +121,7 @@ class EMAQuantizerConfig:
     dropout: float = 0.0  # share of items of a batch that use a random number of codebooks
     dropout_counts: tuple[int, ...] = ()  # the numbers to draw from; empty: 1 to n_codebooks
     bypass: float = 0.0  # share of items whose latents pass unquantized; the codebooks learn from them all the same
+    beam: int = 1  # sums of codes kept while one is searched for; training takes the nearest code, which is a beam of 1
 
     @property
     def n_first(self) -> int:
@@ -430,10 +431,10 @@ def disc_warmup(config: Config, n_steps: int) -> range:
     return range(0)
 
 
-# How a quantizer is trained, not what it is: these may differ from those of the weights a run starts from.
+# How a quantizer is trained and searched, not what it is: these may differ from those of the weights a run starts from.
 QUANTIZER_TRAINING = [f"model.quantizer.{key}" for key in
                       ("decay", "semantic_decay", "semantic_layer_scale", "semantic_gradient", "semantic_to_encoder",
-                       "dead_threshold", "kmeans_frames", "dropout", "dropout_counts", "bypass")]  # fmt: skip
+                       "dead_threshold", "kmeans_frames", "dropout", "dropout_counts", "bypass", "beam")]  # fmt: skip
 
 
 def model_differences(there: ModelConfig, here: ModelConfig) -> list[str]:
@@ -588,7 +589,7 @@ MODEL_LIMITS = [  # keys under model
     ("quantizer.semantic_layer_scale", 0, 1), ("quantizer.bypass", 0, 1),
     ("quantizer.codebook_size", 2, None), ("quantizer.codebook_dim", 1, None),
     ("quantizer.decay", 0, 1), ("quantizer.dead_threshold", 0, 1), ("quantizer.dropout", 0, 1),
-    ("quantizer.kmeans_frames", 1, None),
+    ("quantizer.kmeans_frames", 1, None), ("quantizer.beam", 1, 1024),
 ]  # fmt: skip
 LIMITS = [
     ("losses.mel_floor", 1e-12, None), ("losses.cspec_power", 0, 1), ("losses.cspec_phase_share", 0, 1),

@@ -15,6 +15,7 @@ from codec.layers import ConvNeXtBlock, reach_in_samples
 
 LAPLACE_EPSILON = 1e-5
 REVIVALS_PER_STEP = 128  # dead codes replaced in one update, per codebook
+BEAM_FRAMES = 512  # searched at once: distances to all entries from all sums kept take memory
 
 
 class QuantizerOutput(NamedTuple):
@@ -41,6 +42,27 @@ def nearest(x: Tensor, codebook: Tensor) -> Tensor:
     # |x - e|² without |x|², which does not change the order
     distance = torch.addmm(codebook.square().sum(1), x.reshape(-1, x.shape[-1]), codebook.T, alpha=-2)
     return distance.argmin(1).view(x.shape[:-1])
+
+
+def beam_search(x: Tensor, codebooks: Tensor, width: int) -> Tensor:
+    """Codes whose entries add up to x, better than the nearest entry at each step does: `width` sums are kept till the end.
+
+    Args:
+        x: [M, D].
+        codebooks: [N, K, D].
+    Returns:
+        [N, M], int64.
+    Source: multi-path encoding of Liu, Lu and Shao 2015 (arXiv:1509.05195).
+    """
+    residuals, paths = x[:, None], torch.zeros(len(x), 1, 0, dtype=torch.int64, device=x.device)
+    for i, codebook in enumerate(codebooks):
+        distance = residuals.square().sum(-1, keepdim=True) + codebook.square().sum(1) - 2 * residuals @ codebook.T  # [M, W, K]
+        kept = 1 if i == len(codebooks) - 1 else min(width, distance[0].numel())
+        best = distance.flatten(1).topk(kept, largest=False).indices
+        parent, code = best[..., None] // len(codebook), best % len(codebook)
+        paths = torch.cat([paths.gather(1, parent.expand(-1, -1, i)), code[..., None]], -1)
+        residuals = residuals.gather(1, parent.expand(-1, -1, x.shape[1])) - F.embedding(code, codebook)
+    return paths[:, 0].T
 
 
 def commitment(distances: Tensor, active: Tensor) -> Tensor:
@@ -121,13 +143,14 @@ class EMAResidualVQ(nn.Module):
         dropout, bypass = (self.config.dropout, self.config.bypass) if self.training else (0.0, 0.0)
         active = draw_active(len(z), n, dropout, z.device, self.config.dropout_counts)
         residual, z_q, output = x, 0, 0
+        found = None if self.training else self._search(x, n)
         codes, residuals, distances, prefixes, entries = [], [], [], [], []
         for i in range(n):
             if i and len(self.own_inputs):
                 x = self.own_inputs[i - 1](z)
                 residual = x - z_q.detach()
             residuals.append(residual.detach())
-            codes.append(nearest(residuals[-1], self.codebooks[i]))
+            codes.append(nearest(residuals[-1], self.codebooks[i]) if found is None else found[:, i])
             q = F.embedding(codes[-1], self.codebooks[i])
             entries.append(q.requires_grad_(x.requires_grad))
             distances.append((residual - q).square().mean((1, 2)))
@@ -150,9 +173,12 @@ class EMAResidualVQ(nn.Module):
                                tuple(prefixes), tuple(entries))  # fmt: skip
 
     def encode(self, z: Tensor, n_codebooks: int | None = None) -> Tensor:
-        """The codes [B, n, T'] that `forward` gives, without what only training needs."""
+        """The codes [B, n, T'] that `forward` gives when it does not train, without what only training needs."""
         z, z_q, codes = z.transpose(1, 2), 0, []
         residual = self.project_in(z)
+        found = self._search(residual, n_codebooks or self.config.n_codebooks)
+        if found is not None:
+            return found
         for i, codebook in enumerate(self.codebooks[:n_codebooks]):
             if i and len(self.own_inputs):
                 residual = self.own_inputs[i - 1](z) - z_q
@@ -160,6 +186,18 @@ class EMAResidualVQ(nn.Module):
             q = F.embedding(codes[-1], codebook)
             residual, z_q = residual - q, z_q + q
         return torch.stack(codes, 1)
+
+    @torch.no_grad()
+    def _search(self, x: Tensor, n_codebooks: int) -> Tensor | None:
+        """Codes [B, n, T'] of x [B, T', d] by a beam; None where the nearest entry at each step is asked for.
+
+        Codebooks with inputs of their own have no common sum that a beam could follow.
+        """
+        if self.config.beam == 1 or len(self.own_inputs):
+            return None
+        parts = x.flatten(0, 1).split(BEAM_FRAMES)
+        codes = torch.cat([beam_search(part, self.codebooks[:n_codebooks], self.config.beam) for part in parts], 1)
+        return codes.view(-1, *x.shape[:2]).transpose(0, 1)
 
     def unrounded(self, z: Tensor, active: Tensor) -> Tensor:
         """z [B, D, T'] through the projections alone, where `active` [B, N]: the straight-through gradient is this one's."""

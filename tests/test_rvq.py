@@ -8,7 +8,17 @@ from transformers import DacConfig
 from transformers.models.dac.modeling_dac import DacResidualVectorQuantizer
 
 from codec.config import EMAQuantizerConfig, FactorizedQuantizerConfig
-from codec.rvq import EMAResidualVQ, FactorizedResidualVQ, SplitResidualVQ, build_quantizer, draw_active, kmeans, nearest
+from codec.rvq import (
+    BEAM_FRAMES,
+    EMAResidualVQ,
+    FactorizedResidualVQ,
+    SplitResidualVQ,
+    beam_search,
+    build_quantizer,
+    draw_active,
+    kmeans,
+    nearest,
+)
 
 N, K, D = 5, 32, 8
 
@@ -375,3 +385,51 @@ def test_factorised_prefix_with_full_projections_passes_unit_gradient(n):
     z = latents().requires_grad_()
     gradient = torch.autograd.grad(quantizer(z, n_codebooks=n).z_q.sum(), z)[0]
     torch.testing.assert_close(gradient, torch.ones_like(z), rtol=1e-5, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------- beam search
+
+
+def errors(x, codebooks, codes) -> np.ndarray:
+    """Squared distance [M] of x [M, D] from what codes [N, M] add up to, in NumPy."""
+    total = sum(codebook[code] for codebook, code in zip(codebooks.numpy().astype(float), codes.numpy(), strict=True))
+    return np.square(x.numpy() - total).sum(1)
+
+
+def test_a_beam_wide_enough_finds_the_best_of_all_sums_and_a_greedy_one_does_not():
+    torch.manual_seed(0)
+    x, codebooks = torch.randn(40, 3), torch.randn(3, 5, 3)
+    every = torch.cartesian_prod(*[torch.arange(5)] * 3).T  # [N, 125]
+    best = np.stack([errors(x, codebooks, codes[:, None].expand(-1, len(x))) for codes in every.T]).min(0)
+    assert np.allclose(errors(x, codebooks, beam_search(x, codebooks, 25)), best, atol=1e-5)
+    greedy = errors(x, codebooks, beam_search(x, codebooks, 1))
+    assert greedy.mean() > 1.2 * best.mean()  # the known wrong version: a beam that forgets all but the nearest
+
+
+def test_a_beam_of_one_is_the_nearest_entry_at_each_step():
+    quantizer, z = ema_quantizer(), latents()
+    x = z.transpose(1, 2).flatten(0, 1)
+    codes = beam_search(x, quantizer.codebooks, 1).view(N, 3, 20).transpose(0, 1)
+    assert torch.equal(codes, quantizer.encode(z)) and torch.equal(codes, quantizer(z).codes)
+
+
+@pytest.mark.parametrize("n_codebooks", [None, 1, 2])
+def test_inference_searches_by_the_beam_and_training_does_not(n_codebooks):
+    torch.manual_seed(1)
+    greedy, beamed, z = ema_quantizer(), ema_quantizer(beam=8), torch.randn(2, D, BEAM_FRAMES)  # two parts
+    wide = beamed.eval()(z, n_codebooks)
+    assert torch.equal(wide.codes, beamed.encode(z, n_codebooks))
+    assert torch.allclose(wide.z_q, beamed.decode(wide.codes), atol=1e-5)
+    narrow = greedy.eval()(z, n_codebooks)
+    error, before = ((z - out.z_q).square().mean() for out in (wide, narrow))
+    assert error < 0.97 * before if n_codebooks != 1 else error == before
+    assert torch.equal(beamed.train()(z, n_codebooks).codes, narrow.codes)
+
+
+def test_codebooks_with_inputs_of_their_own_are_searched_one_by_one():
+    torch.manual_seed(0)
+    def codes(beam: int) -> torch.Tensor:
+        torch.manual_seed(0)
+        return EMAResidualVQ(EMAQuantizerConfig("ema", 3, K, D, beam=beam), D, own_inputs=True).eval().encode(latents())
+
+    assert torch.equal(codes(beam=8), codes(beam=1))
