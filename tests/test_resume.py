@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from conftest import TINY
 from safetensors.torch import load_file
 
 from codec.checkpoint import find_checkpoint
+from codec.config import load_config
 from codec.runlog import read_metrics
 from train_codec_gan import main
 
@@ -140,6 +142,16 @@ def call_main(monkeypatch, capsys, *args) -> tuple[int, str]:
 def test_resume_refuses_another_model(manifest, whole_run, monkeypatch, capsys):
     code, said = call_main(monkeypatch, capsys, manifest, whole_run[0], 1, "--resume", "--set", "model.latent_dim=20")
     assert code == 2 and "its model section differs" in said
+
+
+def test_a_run_goes_on_with_another_beam_and_another_revival(manifest, whole_run, tmp_path, monkeypatch, capsys):
+    shutil.copytree(whole_run[0], tmp_path / "run", symlinks=True)
+    changes = ("--set", "model.quantizer.beam=4", "model.quantizer.dead_threshold=0.3", "phases.1.steps=42")
+    code, said = call_main(monkeypatch, capsys, manifest, tmp_path / "run", 1, "--resume", *changes)
+    assert code == 0 and "note: resumed with other values than before: " in said and "model" in said, said
+    saved = load_config(find_checkpoint(tmp_path / "run") / "config.yaml").model.quantizer
+    assert (saved.beam, saved.dead_threshold) == (4, 0.3)
+    assert max(line["step"] for line in read_metrics(tmp_path / "run")) > 40
 
 
 @pytest.mark.parametrize(
