@@ -57,7 +57,7 @@ python prepare_speaker_data.py data/base/raw data/base/speech --sample_rate 2400
 python train_codec_gan.py --config configs/base_cpu.yaml --set data.manifest=data/base/speech/manifest.jsonl
 ```
 
-{minutes:.0f} minutes on 2 CPU cores (AMD Zen 3) for {step} updates. Curves: `docs/base/curves.svg`.
+{minutes:.0f} minutes on 2 CPU cores (AMD Zen 3) for {step} updates. {history}Curves: `docs/base/curves.svg`.
 
 {training}
 
@@ -113,6 +113,7 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("evaluations", type=Path, nargs="+")
     parser.add_argument("--below", default="", help="a sentence on where it falls short")
+    parser.add_argument("--history", default="", help="a sentence on how the run differed from the config")
     args = parser.parse_args()
     checkpoint = find_checkpoint(args.run)
     rows = read_metrics(args.run)
@@ -127,6 +128,7 @@ def main() -> None:
         frames = codec.decoder.reach_frames / 2 + (codec.receptive_field_samples / 2) / codec.hop_length
         card = CARD.format(
             parameters=n_weights(codec.state_dict()) / 1e6, hours=hours, below=args.below + " " * bool(args.below),
+            history=args.history + " " * bool(args.history),
             ahead_ms=1000 * frames / codec.frame_rate_hz, tables="\n\n".join(table(r) for r in results),
             minutes=trained_minutes(rows), step=step, training=training.replace("## ", "### "),
         )  # fmt: skip
