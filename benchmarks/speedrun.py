@@ -33,7 +33,7 @@ from train_codec_gan import average_weights, build, exchange_weights, open_data,
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
-LOOKS, N_UTTERANCES, MIN_S = 8, 32, 0.8  # looks a run after the first; utterances of at least so many seconds
+LOOKS, N_UTTERANCES, MIN_S = 6, 24, 0.8  # looks a run after the first; utterances of at least so many seconds
 UPDATES = 100_000  # what a config calls its length; the clock decides how many there are
 WANTED = 0.80  # STOI
 
@@ -89,7 +89,7 @@ SPECTRAL = (f"model.encoder={BODY.format(3)}", f"model.decoder={BODY.format(4)}"
 CSPEC = ("loss_weights.cspec=5.0", "loss_weights.wave=1.0")
 LAPPED_BODY = "{{type: lapped, window_length: 720, hop_length: 480, n_fft: 1920, n_envelope: 16, dim: 256, n_blocks: {}}}"
 LAPPED = (f"model.encoder={LAPPED_BODY.format(2)}", f"model.decoder={LAPPED_BODY.format(7)}", "model.latent_dim=64")
-BEAM = ("model.quantizer.beam=16",)
+BEAM = ("model.quantizer.beam=8",)
 LADDER = [
     Rung("encodec", "encodec_24khz", ENCODEC, 0.0, "EnCodec's shape: causal, LSTM, MS-STFT discriminator, balancer"),
     Rung("dac", "dac_24khz", DAC, 0.0, "DAC's shape: Snake, factorised codebooks, adversary from the start"),
@@ -105,7 +105,7 @@ LADDER = [
     Rung("lapped", "dac_24khz", DAC + FLOOR + LATE + EMA + SCALES + RATE + SPECTRAL + CSPEC + LAPPED, 0.9,
          "principal components of waveform and envelope to start from, networks beside them"),
     Rung("beam", "dac_24khz", DAC + FLOOR + LATE + EMA + SCALES + RATE + SPECTRAL + CSPEC + LAPPED + BEAM, 0.9,
-         "16 sums of codes kept while they are searched for, at inference"),
+         "8 sums of codes kept while they are searched for, at inference"),
     Rung("ours", "base_cpu", RATE, 0.9, "one lean spectral discriminator, hinge: base_cpu.yaml"),
 ]  # fmt: skip
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from codec import distributed
 from codec.config import LappedConfig
-from codec.layers import ScaledTanh, convnext_blocks, istft_frames, reach_in_samples, stft_frames
+from codec.layers import Gain, convnext_blocks, istft_frames, reach_in_samples, stft_frames
 from codec.spectral import mel_filterbank
 
 LEAST_LEVEL = 1e-3  # of a frame, so that silence has a direction too
@@ -97,7 +97,7 @@ class LappedDecoder(nn.Module):
         self.blocks = convnext_blocks(config)
         self.norm = nn.LayerNorm(config.dim)
         self.to_spectrum = nn.Linear(config.dim, config.n_fft + 2)
-        self.output = ScaledTanh()
+        self.output = Gain()  # a codec from the start needs no tanh, which takes 3 % of the level of loud speech
         self.head = nn.Sequential()
 
     @property

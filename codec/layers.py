@@ -77,6 +77,17 @@ class ScaledTanh(nn.Module):
         return torch.tanh(self.output_scale * x)
 
 
+class Gain(nn.Module):
+    """output_scale * x, a learnable scalar that starts at 1: for outputs that a tanh would squeeze."""
+
+    def __init__(self):
+        super().__init__()
+        self.output_scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output_scale * x
+
+
 WIDE = 2**19  # inputs x outputs from which a convolution counts as wide
 
 

@@ -15,7 +15,7 @@ from codec.layers import ConvNeXtBlock, reach_in_samples
 
 LAPLACE_EPSILON = 1e-5
 REVIVALS_PER_STEP = 128  # dead codes replaced in one update, per codebook
-BEAM_FRAMES = 512  # searched at once: distances to all entries from all sums kept take memory
+BEAM_FRAMES = 128  # searched at once: distances to all entries from all sums kept take memory
 
 
 class QuantizerOutput(NamedTuple):
@@ -56,13 +56,23 @@ def beam_search(x: Tensor, codebooks: Tensor, width: int) -> Tensor:
     """
     residuals, paths = x[:, None], torch.zeros(len(x), 1, 0, dtype=torch.int64, device=x.device)
     for i, codebook in enumerate(codebooks):
-        distance = residuals.square().sum(-1, keepdim=True) + codebook.square().sum(1) - 2 * residuals @ codebook.T  # [M, W, K]
-        kept = 1 if i == len(codebooks) - 1 else min(width, distance[0].numel())
-        best = distance.flatten(1).topk(kept, largest=False).indices
+        m, w, d = residuals.shape
+        distance = torch.addmm(codebook.square().sum(1), residuals.reshape(-1, d), codebook.T, alpha=-2).view(m, w, -1)
+        distance += residuals.square().sum(-1, keepdim=True)
+        best = smallest(distance.flatten(1), 1 if i == len(codebooks) - 1 else min(width, distance[0].numel()))
         parent, code = best[..., None] // len(codebook), best % len(codebook)
         paths = torch.cat([paths.gather(1, parent.expand(-1, -1, i)), code[..., None]], -1)
         residuals = residuals.gather(1, parent.expand(-1, -1, x.shape[1])) - F.embedding(code, codebook)
     return paths[:, 0].T
+
+
+def smallest(x: Tensor, n: int, block: int = 32) -> Tensor:
+    """Indices [M, n] of the n smallest of x [M, L]: they are in the n blocks with the smallest minima, which is quicker."""
+    if x.shape[1] % block or x.shape[1] <= n * block:
+        return x.topk(n, largest=False).indices
+    blocks = x.view(len(x), -1, block).amin(-1).topk(n, largest=False).indices
+    within = (blocks[..., None] * block + torch.arange(block, device=x.device)).flatten(1)
+    return within.gather(1, x.gather(1, within).topk(n, largest=False).indices)
 
 
 def commitment(distances: Tensor, active: Tensor) -> Tensor:

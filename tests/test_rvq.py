@@ -18,6 +18,7 @@ from codec.rvq import (
     draw_active,
     kmeans,
     nearest,
+    smallest,
 )
 
 N, K, D = 5, 32, 8
@@ -404,6 +405,13 @@ def test_a_beam_wide_enough_finds_the_best_of_all_sums_and_a_greedy_one_does_not
     assert np.allclose(errors(x, codebooks, beam_search(x, codebooks, 25)), best, atol=1e-5)
     greedy = errors(x, codebooks, beam_search(x, codebooks, 1))
     assert greedy.mean() > 1.2 * best.mean()  # the known wrong version: a beam that forgets all but the nearest
+
+
+@pytest.mark.parametrize("n", [1, 7])
+def test_the_smallest_are_found_by_blocks(n):
+    x = torch.randn(50, 640, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(smallest(x, n, block=32), x.topk(n, largest=False).indices)
+    assert torch.equal(smallest(x[:, :630], n, block=32), x[:, :630].topk(n, largest=False).indices)
 
 
 def test_a_beam_of_one_is_the_nearest_entry_at_each_step():
