@@ -77,8 +77,8 @@ ENCODEC = (
 FLOOR = ("losses.mel_floor=1.0e-2",)
 LATE = ("loss_weights.wave=5.0", "loss_weights.scale=100.0", "loss_weights.mel=1.0")
 EMA = (
-    "model.quantizer={type: ema, n_codebooks: 8, codebook_size: 1024, codebook_dim: 64, kmeans_frames: 32768, dropout: 0.25, "
-    "dropout_counts: [2, 4, 8]}", "loss_weights.commit=0.25", "loss_weights.codebook=0.0",
+    "model.quantizer={type: ema, n_codebooks: 8, codebook_size: 1024, codebook_dim: 64, dead_threshold: 0.2, "
+    "kmeans_frames: 32768, dropout: 0.25, dropout_counts: [2, 4, 8]}", "loss_weights.commit=0.25", "loss_weights.codebook=0.0",
 )  # fmt: skip
 SCALES = ("losses.mel_windows=[192, 768, 2048]", "losses.mel_bins=[20, 40, 100]")
 RATE = ("optim.lr_g=1.0e-3", "optim.schedule=cosine", "optim.min_lr_ratio=0.05", f"optim.warmup_steps={UPDATES // 50}",

@@ -54,11 +54,11 @@ def test_a_rung_trains_by_the_clock_and_is_looked_at(tmp_path, monkeypatch, caps
     rung = speedrun.LADDER[-1]
     monkeypatch.setattr(speedrun, "LADDER", [speedrun.Rung(rung.name, rung.config, rung.changes + small, 0.6, rung.what, 0.3)])
     monkeypatch.setattr(speedrun, "LOOKS", 2)
-    monkeypatch.setattr(sys, "argv", ["speedrun.py", "run", str(manifest), str(tmp_path / "out"), "--minutes", "0.1"])
+    monkeypatch.setattr(sys, "argv", ["speedrun.py", "run", str(manifest), str(tmp_path / "out"), "--minutes", "0.2"])
     speedrun.main()
     run = json.loads((tmp_path / "out" / "ours.json").read_text())
     start, first, last = run["looks"]
-    assert start["updates"] == 0 and 0 < start["seconds"] < 3  # the start from speech is on the clock
-    assert 3 <= first["seconds"] < last["seconds"] and last["updates"] > first["updates"] > 0
+    assert start["updates"] == 0 < start["seconds"]  # the start from speech is on the clock
+    assert 6 <= first["seconds"] < last["seconds"] and last["updates"] > first["updates"] > 0
     assert all(np.isfinite(value) for value in last.values()) and 0 < last["stoi"] < 1
     assert f"| `ours` | {rung.what} |" in capsys.readouterr().out
