@@ -163,7 +163,8 @@ def run_rung(rung: Rung, manifest: Path, seconds: float) -> dict:
     started = time.monotonic()
     start_from_speech(t.codec, segments.segments, config, CPU)
     average_weights(t, decay=0.0)
-    looks, trained, updates = [], time.monotonic() - started, 0
+    start = time.monotonic() - started
+    looks, trained, updates = [], start, 0
 
     def look() -> None:
         exchange_weights(t)  # with the averages, where the recipe keeps them
@@ -173,7 +174,8 @@ def run_rung(rung: Rung, manifest: Path, seconds: float) -> dict:
 
     look()  # some recipes are a codec before their first update
     while trained < seconds:
-        started, step = time.monotonic(), min(int(UPDATES * trained / seconds), UPDATES - 1)
+        share = (trained - start) / (seconds - start)  # schedules begin with the updates
+        started, step = time.monotonic(), min(int(UPDATES * share), UPDATES - 1)
         train_step(next(batches)[0], t, phase_config(config, phase_at(config, step)), step)
         trained, updates = trained + time.monotonic() - started, updates + 1
         if trained >= seconds * len(looks) / LOOKS:
