@@ -455,7 +455,7 @@ def save(run_dir: Path, t: Training, config: Config, state: dict, best: bool) ->
 
 
 def restore(folder: Path, t: Training, config: Config) -> dict:
-    """Load a checkpoint into `t`; returns its state. The model and discriminators must be the config's."""
+    """Load a checkpoint into `t`; returns its state. Its weights must fit the model, its discriminators be the config's."""
     saved = parse_config((folder / "config.yaml").read_text(), str(folder / "config.yaml"))
     differs = {"model": model_differences(saved.model, config.model),
                "discriminators": saved.discriminators != config.discriminators}  # fmt: skip

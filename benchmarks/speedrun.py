@@ -178,7 +178,7 @@ def run_rung(rung: Rung, manifest: Path, seconds: float) -> dict:
         started, step = time.monotonic(), min(int(UPDATES * share), UPDATES - 1)
         train_step(next(batches)[0], t, phase_config(config, phase_at(config, step)), step)
         trained, updates = trained + time.monotonic() - started, updates + 1
-        if trained >= seconds * len(looks) / LOOKS:
+        if trained >= start + (seconds - start) * len(looks) / LOOKS:
             look()
     audio_s = updates * config.data.batch_size * config.data.segment_samples / config.model.sample_rate
     return {"name": rung.name, "what": rung.what, "seconds": seconds, "parameters": n_parameters(config.model),

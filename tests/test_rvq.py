@@ -435,7 +435,6 @@ def test_inference_searches_by_the_beam_and_training_does_not(n_codebooks):
 
 
 def test_codebooks_with_inputs_of_their_own_are_searched_one_by_one():
-    torch.manual_seed(0)
     def codes(beam: int) -> torch.Tensor:
         torch.manual_seed(0)
         return EMAResidualVQ(EMAQuantizerConfig("ema", 3, K, D, beam=beam), D, own_inputs=True).eval().encode(latents())
