@@ -82,7 +82,8 @@ from codec.pretrained import read_model, resolve
 from codec.runlog import EpochMeans, RunLog, read_metrics
 from codec.watch import NEUTRAL, OF_INTERVALS, CodebookWatch, gradient_figures, mel_off, over_interval, sound_figures
 
-ONLY_AT_START = ("init_from", "disc_warmup_steps")  # keys of train without a say in a resumed run; a warm-up can end early
+# Keys of train without a say in a resumed run; a warm-up can end early.
+ONLY_AT_START = ("init_from", "refit_frames", "disc_warmup_steps")
 PROJECTIONS = ("project_in", "project_out", "own_inputs", "in_proj", "out_proj", "path")  # of a quantizer
 TRANSFORM_FRAMES = 20_000  # that a lapped body starts from
 BRIEF_S, PREFLIGHT_S = 30.0, 600.0  # seconds of audio that are looked at before a run, and by --preflight
@@ -422,10 +423,19 @@ def start_codebooks(
     codec: Codec, dataset: SegmentDataset, config: Config, device: torch.device, levels: range | None = None
 ) -> None:
     """k-means on latents of the encoder; `levels`: default all."""
-    frames_per_update = config.data.batch_size * config.data.segment_samples // codec.hop_length
-    batches = start_batches(dataset, config, device, -(-config.model.quantizer.kmeans_frames // frames_per_update))
-    latents = [distributed.all_gather_cat(codec.encoder(wav).float()) for wav in batches]
-    codec.quantizer.init_codebooks(torch.cat(latents), frames_per_update, levels)
+    latents = start_latents(codec, dataset, config, device, config.model.quantizer.kmeans_frames)
+    codec.quantizer.init_codebooks(latents, frames_per_update(config), levels)
+
+
+@torch.no_grad()
+def start_latents(codec: Codec, dataset: SegmentDataset, config: Config, device: torch.device, n_frames: int) -> Tensor:
+    """At least n_frames latents [B, D, T'] of speech, the same on every rank."""
+    batches = start_batches(dataset, config, device, -(-n_frames // frames_per_update(config)))
+    return torch.cat([distributed.all_gather_cat(codec.encoder(wav).float()) for wav in batches])
+
+
+def frames_per_update(config: Config) -> int:
+    return config.data.batch_size * config.data.segment_samples // config.model.encoder.hop_length
 
 
 def start_batches(dataset: SegmentDataset, config: Config, device: torch.device, n_batches: int) -> Iterator[Tensor]:
@@ -631,6 +641,10 @@ def train(config: Config, run_dir: Path, resume: bool, device: torch.device) -> 
         start_codebooks(unwrap(t.codec), segments.segments, config, device, added)
     elif state["step"] == 0 and not config.train.init_from:
         start_from_speech(unwrap(t.codec), segments.segments, config, device)
+    if state["step"] == 0 and config.train.refit_frames:
+        tell(f"codebooks are fitted anew to {config.train.refit_frames:,} latents")
+        latents = start_latents(unwrap(t.codec), segments.segments, config, device, config.train.refit_frames)
+        unwrap(t.codec).quantizer.refit_codebooks(latents)
     if state["step"] == 0:
         average_weights(t, decay=0.0)
     log = None
@@ -764,7 +778,7 @@ def explain(config: Config, phase: int, fixed: dict[str, float]) -> dict[str, fl
         "steps_per_epoch": data.segments_per_epoch // data.batch_size, **fixed,
         "from_weights": float(bool(config.train.init_from)), "loss_d_neutral": NEUTRAL[config.losses.adversarial],
         "codebook_size": config.model.quantizer.codebook_size,
-        "frames_per_step": data.batch_size * data.segment_samples // config.model.encoder.hop_length,
+        "frames_per_step": frames_per_update(config),
     }  # fmt: skip
 
 

@@ -295,6 +295,7 @@ class TrainConfig:
     max_minutes: float = 0.0  # 0: no limit; else save and leave after this long
     max_skipped_in_row: int = 10  # non-finite updates in a row that stop the run
     init_from: str = ""  # run, checkpoint, pretrained folder or hub id whose weights a new run starts from
+    refit_frames: int = 0  # with init_from: its Euclidean codebooks are fitted anew to so many latents, before the first update
     # With init_from, and where that brings no discriminators like ours: so many updates at the start of the first
     # adversarial phase train the discriminators alone. They count as steps of that phase.
     disc_warmup_steps: int = 0
@@ -605,6 +606,7 @@ LIMITS = [
     ("train.seed", 0, None), ("train.log_every", 1, None), ("train.val_every", 1, None),
     ("train.checkpoint_every", 1, None), ("train.keep_last", 1, None), ("train.max_minutes", 0, None),
     ("doctor.watch_every", 1, None), ("train.max_skipped_in_row", 1, None), ("train.disc_warmup_steps", 0, None),
+    ("train.refit_frames", 0, None),
 ]  # fmt: skip
 
 # Keys of optim that no phase can change.
@@ -624,6 +626,11 @@ def _validate(config: Config, where: str) -> None:
     if config.train.disc_warmup_steps and not config.train.init_from:
         raise ValueError(f"{where}: train.disc_warmup_steps={config.train.disc_warmup_steps} without train.init_from; a "
                          "codec that is new itself needs no warm-up: set it to 0")  # fmt: skip
+    quantizer = config.model.quantizer
+    searched = quantizer.type == "ema" and quantizer.beam > 1 and not quantizer.n_first
+    if config.train.refit_frames and not (config.train.init_from and searched):
+        raise ValueError(f"{where}: train.refit_frames={config.train.refit_frames} is for weights of train.init_from whose "
+                         "quantizer is ema, has a beam above 1 and no codebooks with a meaning; set it to 0")  # fmt: skip
     _validate_shapes(config, where)
     _validate_distillation(config, where)
     for index in range(len(config.phases)):

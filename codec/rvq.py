@@ -15,6 +15,7 @@ from codec.layers import ConvNeXtBlock, reach_in_samples
 
 LAPLACE_EPSILON = 1e-5
 REVIVALS_PER_STEP = 128  # dead codes replaced in one update, per codebook
+REFIT_BEAM, REFIT_ROUNDS, REFIT_SWEEPS = 4, 9, 3  # `refit_codebooks`; more rounds take off less than 1 % of the error each
 BEAM_FRAMES = 128  # searched at once: distances to all entries from all sums kept take memory
 
 
@@ -73,6 +74,29 @@ def smallest(x: Tensor, n: int, block: int = 32) -> Tensor:
     blocks = x.view(len(x), -1, block).amin(-1).topk(n, largest=False).indices
     within = (blocks[..., None] * block + torch.arange(block, device=x.device)).flatten(1)
     return within.gather(1, x.gather(1, within).topk(n, largest=False).indices)
+
+
+def fit_entries(x: Tensor, codebooks: Tensor, codes: list[Tensor], n_sweeps: int) -> None:
+    """Move entries, in place, toward the least squares of x minus the sums that codes name; one codebook after the other.
+
+    Args:
+        x: [M, D].
+        codebooks: [N, K, D].
+        codes: an [n, M] for each number n of codebooks that is to do by itself; each counts by its error relative to now.
+    """
+    left = [x - sum(map(F.embedding, own, codebooks)) for own in codes]
+    errors = torch.stack([rest.square().mean() for rest in left])
+    weights = (errors.min() / errors).tolist()
+    for i in [*range(len(codebooks))] * n_sweeps:
+        users = [(own[i], rest, weight) for own, rest, weight in zip(codes, left, weights) if i < len(own)]
+        total, count = torch.zeros_like(codebooks[i]), codebooks.new_ones(len(codebooks[i]))  # one frame asks for no change
+        for code, rest, weight in users:
+            total.index_add_(0, code, weight * rest)
+            count += weight * torch.bincount(code, minlength=len(count))
+        change = total / count[:, None]
+        codebooks[i] += change
+        for code, rest, _ in users:
+            rest -= F.embedding(code, change)
 
 
 def commitment(distances: Tensor, active: Tensor) -> Tensor:
@@ -153,7 +177,8 @@ class EMAResidualVQ(nn.Module):
         dropout, bypass = (self.config.dropout, self.config.bypass) if self.training else (0.0, 0.0)
         active = draw_active(len(z), n, dropout, z.device, self.config.dropout_counts)
         residual, z_q, output = x, 0, 0
-        found = None if self.training else self._search(x, n)
+        learns = self.training and any(self.learning)  # from what is left over; frozen codebooks are searched as at inference
+        found = None if learns else self._search(x, active)
         codes, residuals, distances, prefixes, entries = [], [], [], [], []
         for i in range(n):
             if i and len(self.own_inputs):
@@ -186,7 +211,7 @@ class EMAResidualVQ(nn.Module):
         """The codes [B, n, T'] that `forward` gives when it does not train, without what only training needs."""
         z, z_q, codes = z.transpose(1, 2), 0, []
         residual = self.project_in(z)
-        found = self._search(residual, n_codebooks or self.config.n_codebooks)
+        found = self._search(residual, residual.new_ones(len(z), n_codebooks or self.config.n_codebooks))
         if found is not None:
             return found
         for i, codebook in enumerate(self.codebooks[:n_codebooks]):
@@ -198,16 +223,21 @@ class EMAResidualVQ(nn.Module):
         return torch.stack(codes, 1)
 
     @torch.no_grad()
-    def _search(self, x: Tensor, n_codebooks: int) -> Tensor | None:
-        """Codes [B, n, T'] of x [B, T', d] by a beam; None where the nearest entry at each step is asked for.
+    def _search(self, x: Tensor, active: Tensor) -> Tensor | None:
+        """Codes [B, n, T'] of x [B, T', d] by a beam, each item's for the codebooks active [B, n] for it and 0 behind them;
+        None where the nearest entry at each step is asked for.
 
         Codebooks with inputs of their own have no common sum that a beam could follow.
         """
         if self.config.beam == 1 or len(self.own_inputs):
             return None
-        parts = x.flatten(0, 1).split(BEAM_FRAMES)
-        codes = torch.cat([beam_search(part, self.codebooks[:n_codebooks], self.config.beam) for part in parts], 1)
-        return codes.view(-1, *x.shape[:2]).transpose(0, 1)
+        found = torch.zeros(len(x), active.shape[1], x.shape[1], dtype=torch.int64, device=x.device)
+        counts = active.sum(1).long()
+        for n in counts.unique().tolist():
+            parts = x[counts == n].flatten(0, 1).split(BEAM_FRAMES)
+            codes = torch.cat([beam_search(part, self.codebooks[:n], self.config.beam) for part in parts], 1)
+            found[counts == n, :n] = codes.view(n, -1, x.shape[1]).transpose(0, 1)
+        return found
 
     def unrounded(self, z: Tensor, active: Tensor) -> Tensor:
         """z [B, D, T'] through the projections alone, where `active` [B, N]: the straight-through gradient is this one's."""
@@ -260,6 +290,27 @@ class EMAResidualVQ(nn.Module):
             residual, z_q = residual - q, z_q + q
         for buffer in (self.codebooks, self.ema_count, self.ema_sum):
             distributed.broadcast(buffer)  # sums on a GPU differ in the last bit from run to run
+
+    @torch.no_grad()
+    def refit_codebooks(self, z: Tensor) -> None:
+        """Fit the codebooks anew to latents z [B, D, T'], the same on every rank (gathered), of an encoder that is done.
+
+        An EMA entry is the mean of the last hundred frames or so, a revived one a single frame, and each codebook is
+        fitted without those behind it. Here all are fitted together to the codes that a beam finds, for every number of
+        codebooks that dropout draws. (For a greedy search entries that are fitted together are worse.)
+
+        Source: additive quantization of Babenko and Lempitsky 2014; by coordinate descent, and for prefixes too.
+        """
+        config = self.config
+        x = self.project_in(z.transpose(1, 2)).flatten(0, 1)
+        counts = {*(config.dropout_counts or range(1, config.n_codebooks) if config.dropout else ()), config.n_codebooks}
+        width = min(config.beam, REFIT_BEAM)
+        for _ in range(REFIT_ROUNDS):
+            codes = [torch.cat([beam_search(part, self.codebooks[:n], width) for part in x.split(BEAM_FRAMES)], 1)
+                     for n in sorted(counts)]  # fmt: skip
+            fit_entries(x, self.codebooks, codes, REFIT_SWEEPS)
+        distributed.broadcast(self.codebooks)
+        self.ema_sum.copy_(self.codebooks * self.ema_count[..., None])
 
     def freeze_codebooks(self, levels: set[int]) -> None:
         """Let `update_codebooks` leave these codebooks as they are."""

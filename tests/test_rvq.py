@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from codec.rvq import (
     beam_search,
     build_quantizer,
     draw_active,
+    fit_entries,
     kmeans,
     nearest,
     smallest,
@@ -30,9 +32,9 @@ def ema_quantizer(**changes) -> EMAResidualVQ:
     return EMAResidualVQ(EMAQuantizerConfig("ema", **values), latent_dim=D)
 
 
-def latents(seed: int = 1) -> torch.Tensor:
+def latents(seed: int = 1, batch: int = 3, n_frames: int = 20) -> torch.Tensor:
     torch.manual_seed(seed)
-    return torch.randn(3, D, 20)
+    return torch.randn(batch, D, n_frames)
 
 
 # ------------------------------------------------------------- straight-through and commitment
@@ -412,6 +414,57 @@ def test_the_smallest_are_found_by_blocks(n):
     x = torch.randn(50, 640, generator=torch.Generator().manual_seed(0))
     assert torch.equal(smallest(x, n, block=32), x.topk(n, largest=False).indices)
     assert torch.equal(smallest(x[:, :630], n, block=32), x[:, :630].topk(n, largest=False).indices)
+
+
+def test_entries_are_fitted_to_the_least_squares_of_all_sums():
+    torch.manual_seed(0)
+    x, codebooks, codes = torch.randn(4000, 3).double(), torch.randn(3, 5, 3).double(), torch.randint(5, (3, 4000))
+    chosen = np.concatenate([np.eye(5)[own.numpy()] for own in codes], 1)  # [M, 15]
+    solution = np.linalg.lstsq(chosen, x.numpy(), rcond=None)[0]
+    best, before = np.square(x.numpy() - chosen @ solution).mean(), errors(x, codebooks, codes).mean() / 3
+    fit_entries(x, codebooks, [codes], 20)
+    assert errors(x, codebooks, codes).mean() / 3 == pytest.approx(best, rel=1e-4) and best < 0.5 * before
+
+
+def test_refitting_lowers_the_error_of_the_whole_and_of_the_prefixes_that_dropout_draws():
+    z = latents(batch=8, n_frames=100)
+
+    def left(quantizer: EMAResidualVQ, n: int) -> float:
+        return (z - quantizer.decode(quantizer.encode(z, n))).square().mean().item()
+
+    after = {}
+    for counts in ((2, N), (N,)):
+        quantizer = ema_quantizer(beam=4, dropout=0.5, dropout_counts=counts).eval()
+        quantizer.init_codebooks(z[:, :, :50], 400)
+        before = {n: left(quantizer, n) for n in (2, N)}
+        quantizer.refit_codebooks(z)
+        after[counts] = {n: left(quantizer, n) for n in (2, N)}
+        assert after[counts][N] < 0.8 * before[N]
+    assert after[2, N][2] < 0.97 * before[2]
+    assert after[N,][2] > 1.02 * after[2, N][2]
+
+
+def test_frozen_codebooks_are_searched_by_the_beam_in_training_too_each_item_for_its_own_codebooks():
+    quantizer, z = ema_quantizer(beam=8, dropout=1.0, dropout_counts=(1, 2, N)), latents(batch=24)
+    quantizer.freeze_codebooks(set(range(N)))
+    out = quantizer(z)
+    for item, n in enumerate(out.active.sum(1).int().tolist()):
+        alone = z[item : item + 1]
+        assert torch.equal(out.codes[item, :n], quantizer.encode(alone, n)[0])
+        torch.testing.assert_close(out.z_q[item : item + 1], quantizer.decode(quantizer.encode(alone, n)))
+    quantizer.freeze_codebooks(set())
+    quantizer.config = replace(quantizer.config, dropout=0.0)
+    learning = quantizer(z).codes
+    assert not learning.equal(quantizer.encode(z)) and learning.equal(greedy(quantizer, z))
+
+
+def greedy(quantizer: EMAResidualVQ, z: torch.Tensor) -> torch.Tensor:
+    """The codes [B, N, T'] of the nearest entry at each step."""
+    residual, codes = z.transpose(1, 2), []
+    for codebook in quantizer.codebooks:
+        codes.append(nearest(residual, codebook))
+        residual = residual - codebook[codes[-1]]
+    return torch.stack(codes, 1)
 
 
 def test_a_beam_of_one_is_the_nearest_entry_at_each_step():
