@@ -48,6 +48,17 @@ def test_every_quantizer_passes_the_gradient_it_should(overrides):
     assert log.get("commit_reach", 1) > 0.01
 
 
+def test_the_adversary_is_weighed_against_all_other_terms_together():
+    _, out, wav, codec = watched([])
+    y = out.wav_hat
+    terms = {"adv": -3 * y.sum(), "feat": 4 * y[0].sum(), "wave": 2 * y.sum(), "mel": 3 * y.sum()}
+    n, log = y[0].numel(), gradient_figures(terms, out.quantized.commit, out, codec.quantizer)
+    expected = np.sqrt(n * 1**2 + 3 * n * 3**2) / np.sqrt(4 * n * 5**2)  # signs count: the terms may pull against each other
+    assert log["adversary_ratio"].item() == pytest.approx(expected, rel=1e-5)
+    alone = gradient_figures({"adv": terms["adv"]}, out.quantized.commit, out, codec.quantizer)
+    assert "adversary_ratio" not in alone | watched([])[0]
+
+
 def summed(live: bool):
     """The two known wrong forms: each step's estimator summed over a detached residual, or over a live one."""
 
