@@ -15,7 +15,7 @@ import numpy as np
 
 from codec.card import n_weights, run_section
 from codec.checkpoint import find_checkpoint, load_state
-from codec.config import parse_config
+from codec.config import Config, parse_config
 from codec.convert import convert
 from codec.files import write_atomically
 from codec.model import Codec
@@ -54,10 +54,12 @@ speaker are not independent. Short test sets cannot use every entry: half a minu
 python benchmarks/base_speech.py data/base/raw
 python prepare_speaker_data.py data/base/raw data/base/speech --sample_rate 24000 --metadata data/base/raw/metadata.csv \\
     --min_s 0.3 --no_balance
-python train_codec_gan.py --config configs/base_cpu.yaml --set data.manifest=data/base/speech/manifest.jsonl
+for stage in base_cpu base_cpu_finish; do
+    python train_codec_gan.py --config configs/$stage.yaml --set data.manifest=data/base/speech/manifest.jsonl
+done
 ```
 
-{minutes:.0f} minutes on 2 CPU cores (AMD Zen 3) for {step} updates. {history}Curves: `docs/base/curves.svg`.
+On 2 CPU cores (AMD Zen 3); the last stage took {minutes:.0f} minutes for {step} updates. {history}Curves: `docs/base/`.
 
 {training}
 
@@ -123,7 +125,8 @@ def main() -> None:
         convert(str(args.run), new, small=True)
         codec = Codec.from_pretrained(new)
         training = run_section(checkpoint)
-        hours = json.loads((manifest_of(checkpoint).with_name("stats.json")).read_text())["splits"]["train"]["hours"]
+        manifest = Path(config_of(checkpoint).data.manifest)
+        hours = json.loads(manifest.with_name("stats.json").read_text())["splits"]["train"]["hours"]
         results = [json.loads((path / "results.json").read_text()) for path in args.evaluations]
         frames = codec.decoder.reach_frames / 2 + (codec.receptive_field_samples / 2) / codec.hop_length
         card = CARD.format(
@@ -137,13 +140,13 @@ def main() -> None:
             BASE.rename(Path(folder) / "before")
         new.rename(BASE)
     (ROOT / "docs/base").mkdir(exist_ok=True)
-    write_atomically(ROOT / "docs/base/curves.svg", draw_curves(args.run))
+    write_atomically(ROOT / f"docs/base/{config_of(checkpoint).name}.svg", draw_curves(args.run))
     print(f"{BASE}: {sum(path.stat().st_size for path in BASE.iterdir()) / 1e6:.1f} MB, step {step}")
 
 
-def manifest_of(checkpoint: Path) -> Path:
+def config_of(checkpoint: Path) -> Config:
     path = checkpoint / "config.yaml"
-    return Path(parse_config(path.read_text(encoding="utf-8"), str(path)).data.manifest)
+    return parse_config(path.read_text(encoding="utf-8"), str(path))
 
 
 def trained_minutes(rows: list[dict]) -> float:

@@ -121,7 +121,7 @@ class EMAQuantizerConfig:
     dropout: float = 0.0  # share of items of a batch that use a random number of codebooks
     dropout_counts: tuple[int, ...] = ()  # the numbers to draw from; empty: 1 to n_codebooks
     bypass: float = 0.0  # share of items whose latents pass unquantized; the codebooks learn from them all the same
-    beam: int = 1  # sums of codes kept while one is searched for; training takes the nearest code, which is a beam of 1
+    beam: int = 1  # sums of codes kept while one is searched for; codebooks that learn take the nearest code, a beam of 1
 
     @property
     def n_first(self) -> int:
@@ -628,9 +628,14 @@ def _validate(config: Config, where: str) -> None:
                          "codec that is new itself needs no warm-up: set it to 0")  # fmt: skip
     quantizer = config.model.quantizer
     searched = quantizer.type == "ema" and quantizer.beam > 1 and not quantizer.n_first
-    if config.train.refit_frames and not (config.train.init_from and searched):
+    kept = {"encoder", "quantizer"} <= {*config.train.freeze}  # or the codebooks would follow the encoder again
+    if config.train.refit_frames and not (config.train.init_from and searched and kept):
         raise ValueError(f"{where}: train.refit_frames={config.train.refit_frames} is for weights of train.init_from whose "
-                         "quantizer is ema, has a beam above 1 and no codebooks with a meaning; set it to 0")  # fmt: skip
+                         "quantizer is ema with beam above 1 and n_semantic 0, and stays as it is: expected train.freeze="
+                         f"[encoder,quantizer], got {[*config.train.freeze]}; or set it to 0")  # fmt: skip
+    if 0 < config.train.refit_frames < quantizer.codebook_size:
+        raise ValueError(f"{where}: train.refit_frames={config.train.refit_frames} are fewer than the "
+                         f"{quantizer.codebook_size} entries of a codebook; 200000 is a good number")  # fmt: skip
     _validate_shapes(config, where)
     _validate_distillation(config, where)
     for index in range(len(config.phases)):

@@ -45,16 +45,22 @@ def nearest(x: Tensor, codebook: Tensor) -> Tensor:
     return distance.argmin(1).view(x.shape[:-1])
 
 
-def beam_search(x: Tensor, codebooks: Tensor, width: int) -> Tensor:
+def beam_search(x: Tensor, codebooks: Tensor, width: int) -> list[Tensor]:
     """Codes whose entries add up to x, better than the nearest entry at each step does: `width` sums are kept till the end.
 
     Args:
         x: [M, D].
         codebooks: [N, K, D].
     Returns:
-        [N, M], int64.
+        Of the first 1, 2, ... N codebooks alone, [1, M], [2, M], ... [N, M], int64.
     Source: multi-path encoding of Liu, Lu and Shao 2015 (arXiv:1509.05195).
     """
+    parts = [_beam_search(part, codebooks, width) for part in x.split(BEAM_FRAMES)]
+    return [torch.cat(codes, 1) for codes in zip(*parts)]
+
+
+def _beam_search(x: Tensor, codebooks: Tensor, width: int) -> list[Tensor]:
+    best_paths = []
     residuals, paths = x[:, None], torch.zeros(len(x), 1, 0, dtype=torch.int64, device=x.device)
     for i, codebook in enumerate(codebooks):
         m, w, d = residuals.shape
@@ -63,12 +69,13 @@ def beam_search(x: Tensor, codebooks: Tensor, width: int) -> Tensor:
         best = smallest(distance.flatten(1), 1 if i == len(codebooks) - 1 else min(width, distance[0].numel()))
         parent, code = best[..., None] // len(codebook), best % len(codebook)
         paths = torch.cat([paths.gather(1, parent.expand(-1, -1, i)), code[..., None]], -1)
+        best_paths.append(paths[:, 0].T)
         residuals = residuals.gather(1, parent.expand(-1, -1, x.shape[1])) - F.embedding(code, codebook)
-    return paths[:, 0].T
+    return best_paths
 
 
 def smallest(x: Tensor, n: int, block: int = 32) -> Tensor:
-    """Indices [M, n] of the n smallest of x [M, L]: they are in the n blocks with the smallest minima, which is quicker."""
+    """Indices [M, n] of the n smallest of x [M, L], in order; looked for in the n blocks with the smallest minima only."""
     if x.shape[1] % block or x.shape[1] <= n * block:
         return x.topk(n, largest=False).indices
     blocks = x.view(len(x), -1, block).amin(-1).topk(n, largest=False).indices
@@ -82,10 +89,10 @@ def fit_entries(x: Tensor, codebooks: Tensor, codes: list[Tensor], n_sweeps: int
     Args:
         x: [M, D].
         codebooks: [N, K, D].
-        codes: an [n, M] for each number n of codebooks that is to do by itself; each counts by its error relative to now.
+        codes: [n, M] for one or more numbers n of codebooks; what falls is the sum of their errors, each over its value now.
     """
     left = [x - sum(map(F.embedding, own, codebooks)) for own in codes]
-    errors = torch.stack([rest.square().mean() for rest in left])
+    errors = torch.stack([rest.square().mean() for rest in left]).clamp(min=1e-30)
     weights = (errors.min() / errors).tolist()
     for i in [*range(len(codebooks))] * n_sweeps:
         users = [(own[i], rest, weight) for own, rest, weight in zip(codes, left, weights) if i < len(own)]
@@ -177,7 +184,7 @@ class EMAResidualVQ(nn.Module):
         dropout, bypass = (self.config.dropout, self.config.bypass) if self.training else (0.0, 0.0)
         active = draw_active(len(z), n, dropout, z.device, self.config.dropout_counts)
         residual, z_q, output = x, 0, 0
-        learns = self.training and any(self.learning)  # from what is left over; frozen codebooks are searched as at inference
+        learns = self.training and any(self.learning)  # by the nearest; where all are frozen they are searched as at inference
         found = None if learns else self._search(x, active)
         codes, residuals, distances, prefixes, entries = [], [], [], [], []
         for i in range(n):
@@ -185,7 +192,8 @@ class EMAResidualVQ(nn.Module):
                 x = self.own_inputs[i - 1](z)
                 residual = x - z_q.detach()
             residuals.append(residual.detach())
-            codes.append(nearest(residuals[-1], self.codebooks[i]) if found is None else found[:, i])
+            code = nearest(residuals[-1], self.codebooks[i])
+            codes.append(code if found is None else torch.where(active[:, i, None] > 0, found[:, i], code))
             q = F.embedding(codes[-1], self.codebooks[i])
             entries.append(q.requires_grad_(x.requires_grad))
             distances.append((residual - q).square().mean((1, 2)))
@@ -224,19 +232,18 @@ class EMAResidualVQ(nn.Module):
 
     @torch.no_grad()
     def _search(self, x: Tensor, active: Tensor) -> Tensor | None:
-        """Codes [B, n, T'] of x [B, T', d] by a beam, each item's for the codebooks active [B, n] for it and 0 behind them;
-        None where the nearest entry at each step is asked for.
+        """Codes [B, n, T'] of x [B, T', d] by a beam, each item's for the codebooks that are active [B, n] for it; None where
+        the nearest entry at each step is asked for.
 
         Codebooks with inputs of their own have no common sum that a beam could follow.
         """
         if self.config.beam == 1 or len(self.own_inputs):
             return None
-        found = torch.zeros(len(x), active.shape[1], x.shape[1], dtype=torch.int64, device=x.device)
-        counts = active.sum(1).long()
-        for n in counts.unique().tolist():
-            parts = x[counts == n].flatten(0, 1).split(BEAM_FRAMES)
-            codes = torch.cat([beam_search(part, self.codebooks[:n], self.config.beam) for part in parts], 1)
-            found[counts == n, :n] = codes.view(n, -1, x.shape[1]).transpose(0, 1)
+        paths = beam_search(x.flatten(0, 1), self.codebooks[: active.shape[1]], self.config.beam)
+        paths = [codes.view(-1, *x.shape[:2]).transpose(0, 1) for codes in paths]
+        found = paths[-1]
+        for item, n in enumerate(active.sum(1).int().tolist()):
+            found[item, :n] = paths[max(n, 1) - 1][item, :n]
         return found
 
     def unrounded(self, z: Tensor, active: Tensor) -> Tensor:
@@ -295,9 +302,9 @@ class EMAResidualVQ(nn.Module):
     def refit_codebooks(self, z: Tensor) -> None:
         """Fit the codebooks anew to latents z [B, D, T'], the same on every rank (gathered), of an encoder that is done.
 
-        An EMA entry is the mean of the last hundred frames or so, a revived one a single frame, and each codebook is
-        fitted without those behind it. Here all are fitted together to the codes that a beam finds, for every number of
-        codebooks that dropout draws. (For a greedy search entries that are fitted together are worse.)
+        An EMA entry is the mean of what chose it in the last hundred updates or so, a revived one a single frame, and each
+        codebook is fitted without those behind it. Here all are fitted together to the codes that a beam finds, for every
+        number of codebooks that dropout draws.
 
         Source: additive quantization of Babenko and Lempitsky 2014; by coordinate descent, and for prefixes too.
         """
@@ -306,10 +313,12 @@ class EMAResidualVQ(nn.Module):
         counts = {*(config.dropout_counts or range(1, config.n_codebooks) if config.dropout else ()), config.n_codebooks}
         width = min(config.beam, REFIT_BEAM)
         for _ in range(REFIT_ROUNDS):
-            codes = [torch.cat([beam_search(part, self.codebooks[:n], width) for part in x.split(BEAM_FRAMES)], 1)
-                     for n in sorted(counts)]  # fmt: skip
-            fit_entries(x, self.codebooks, codes, REFIT_SWEEPS)
+            paths = beam_search(x, self.codebooks, width)
+            fit_entries(x, self.codebooks, [paths[n - 1] for n in counts], REFIT_SWEEPS)
         distributed.broadcast(self.codebooks)
+        mass = self.ema_count.sum(1, keepdim=True)
+        used = torch.stack([torch.bincount(codes, minlength=config.codebook_size) for codes in paths[-1]]).clamp(min=0.5)
+        self.ema_count.copy_(used / used.sum(1, keepdim=True) * mass)
         self.ema_sum.copy_(self.codebooks * self.ema_count[..., None])
 
     def freeze_codebooks(self, levels: set[int]) -> None:

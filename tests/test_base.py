@@ -63,7 +63,7 @@ def test_more_bits_come_nearer_to_voiced_sound(base, speech):
     assert error[0] > error[1] > error[2] and error[2] < 0.7
 
 
-@pytest.mark.parametrize("name", ["base", "base_cpu", "telugu_finetune"])
+@pytest.mark.parametrize("name", ["base", "base_cpu", "base_cpu_finish", "telugu_finetune"])
 def test_the_configs_fit_it(base, name):
     assert load_config(ROOT / f"configs/{name}.yaml").model == base.config
 

@@ -163,10 +163,11 @@ def test_the_codebooks_are_not_started_anew(manifest, source, tmp_path, capsys):
     assert not torch.allclose(t.codec.quantizer.codebooks, there["quantizer.codebooks"], atol=1e-2)
 
 
+REFIT = ["train.refit_frames=2000", "train.freeze=[encoder,quantizer]", "model.quantizer.beam=4"]
+
+
 def test_codebooks_are_fitted_anew_where_that_is_asked_for_and_stay_where_they_are_frozen(manifest, source, tmp_path, capsys):
-    changes = [f"train.init_from={source}", "train.refit_frames=2000", "train.freeze=[encoder,quantizer]",
-               "model.quantizer.beam=4", "phases.0.steps=2", "phases.1.steps=0"]  # fmt: skip
-    config = settings(manifest, *changes)
+    config = settings(manifest, *REFIT, f"train.init_from={source}", "phases.0.steps=2", "phases.1.steps=0")
     train(config, tmp_path / "run", False, CPU)
     assert "codebooks are fitted anew to 2,000 latents" in capsys.readouterr().err
     before, after = Codec.from_pretrained(source), Codec.from_pretrained(tmp_path / "run")
@@ -174,18 +175,25 @@ def test_codebooks_are_fitted_anew_where_that_is_asked_for_and_stay_where_they_a
     load_initial(find_checkpoint(source), t, config)
     dataset = train_codec_gan.open_data(config)[0].segments
     latents = train_codec_gan.start_latents(t.codec, dataset, config, CPU, 2000)
+    error = t.codec.quantizer(latents).distances[:, -1].mean()
     t.codec.quantizer.refit_codebooks(latents)
     assert torch.equal(after.quantizer.codebooks, t.codec.quantizer.codebooks)
-    left = [c.quantizer(latents).distances[:, -1].mean() for c in (before, after)]
-    assert left[1] < 0.9 * left[0]
+    assert t.codec.quantizer(latents).distances[:, -1].mean() < 0.9 * error
+    quantizer = t.codec.quantizer
+    assert quantizer.ema_sum.allclose(quantizer.codebooks * quantizer.ema_count[..., None])
     assert differing(after.decoder.state_dict(), before.decoder.state_dict())
     assert not differing(after.encoder.state_dict(), before.encoder.state_dict())
 
 
-@pytest.mark.parametrize("change", ["train.init_from=''", "model.quantizer.n_semantic=1", "model.quantizer.beam=1"])
+@pytest.mark.parametrize("change", [
+    "train.init_from=''", "model.quantizer.n_semantic=1", "model.quantizer.beam=1", "train.freeze=[quantizer]",
+    "model.quantizer={type: factorized, n_codebooks: 3, codebook_size: 16, codebook_dim: 4}",
+])
 def test_fitting_anew_is_refused_where_there_is_nothing_to_fit(manifest, source, change):
     with pytest.raises(ValueError, match="train.refit_frames=9 is for weights of train.init_from whose quantizer is ema"):
-        settings(manifest, f"train.init_from={source}", "train.refit_frames=9", "model.quantizer.beam=4", change)
+        settings(manifest, *REFIT, "train.refit_frames=9", f"train.init_from={source}", change)
+    with pytest.raises(ValueError, match="train.refit_frames=9 are fewer than the 16 entries of a codebook"):
+        settings(manifest, *REFIT, "train.refit_frames=9", f"train.init_from={source}")
 
 
 def test_discriminators_of_another_shape_or_absent_ones_start_fresh(manifest, source, tmp_path):

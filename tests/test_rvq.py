@@ -404,8 +404,8 @@ def test_a_beam_wide_enough_finds_the_best_of_all_sums_and_a_greedy_one_does_not
     x, codebooks = torch.randn(40, 3), torch.randn(3, 5, 3)
     every = torch.cartesian_prod(*[torch.arange(5)] * 3).T  # [N, 125]
     best = np.stack([errors(x, codebooks, codes[:, None].expand(-1, len(x))) for codes in every.T]).min(0)
-    assert np.allclose(errors(x, codebooks, beam_search(x, codebooks, 25)), best, atol=1e-5)
-    greedy = errors(x, codebooks, beam_search(x, codebooks, 1))
+    assert np.allclose(errors(x, codebooks, beam_search(x, codebooks, 25)[-1]), best, atol=1e-5)
+    greedy = errors(x, codebooks, beam_search(x, codebooks, 1)[-1])
     assert greedy.mean() > 1.2 * best.mean()  # the known wrong version: a beam that forgets all but the nearest
 
 
@@ -452,25 +452,38 @@ def test_frozen_codebooks_are_searched_by_the_beam_in_training_too_each_item_for
         alone = z[item : item + 1]
         assert torch.equal(out.codes[item, :n], quantizer.encode(alone, n)[0])
         torch.testing.assert_close(out.z_q[item : item + 1], quantizer.decode(quantizer.encode(alone, n)))
-    quantizer.freeze_codebooks(set())
-    quantizer.config = replace(quantizer.config, dropout=0.0)
-    learning = quantizer(z).codes
-    assert not learning.equal(quantizer.encode(z)) and learning.equal(greedy(quantizer, z))
+        for i in range(n, N):  # what nobody hears is still the nearest entry to what is left over, for the log
+            assert torch.equal(out.codes[item, i], nearest(out.residuals[i, item], quantizer.codebooks[i]))
+    searched = quantizer.encode(z)
+    quantizer.config = replace(quantizer.config, beam=1)
+    greedy = quantizer.encode(z)
+    quantizer.config = replace(quantizer.config, beam=8, dropout=0.0)
+    for frozen in (set(), {0}):  # one that learns is enough: EMA is fed by what the greedy search assigns
+        quantizer.freeze_codebooks(frozen)
+        assert quantizer(z).codes.equal(greedy) and not searched.equal(greedy)
 
 
-def greedy(quantizer: EMAResidualVQ, z: torch.Tensor) -> torch.Tensor:
-    """The codes [B, N, T'] of the nearest entry at each step."""
-    residual, codes = z.transpose(1, 2), []
-    for codebook in quantizer.codebooks:
-        codes.append(nearest(residual, codebook))
-        residual = residual - codebook[codes[-1]]
-    return torch.stack(codes, 1)
+def test_a_beam_finds_for_each_number_of_codebooks_what_a_search_through_so_many_alone_finds():
+    torch.manual_seed(0)
+    x, codebooks = torch.randn(BEAM_FRAMES + 7, D), torch.randn(N, K, D)
+    for n, codes in enumerate(beam_search(x, codebooks, 8), 1):
+        assert codes.shape == (n, len(x)) and codes.equal(beam_search(x, codebooks[:n], 8)[-1])
+
+
+def test_acoustic_codebooks_that_an_item_does_not_use_at_all_may_be_searched():
+    config = EMAQuantizerConfig("ema", N, K, D, n_semantic=1, dropout=1.0, dropout_counts=(1, N), beam=4)
+    torch.manual_seed(0)
+    quantizer = SplitResidualVQ(config, D)
+    quantizer.freeze_codebooks(set(range(N)))
+    out = quantizer(latents(batch=16))
+    assert {*out.active.sum(1).int().tolist()} == {1, N}
+    assert torch.equal(out.z_q[out.active[:, -1] == 0], quantizer.decode(out.codes[:, :1])[out.active[:, -1] == 0])
 
 
 def test_a_beam_of_one_is_the_nearest_entry_at_each_step():
     quantizer, z = ema_quantizer(), latents()
     x = z.transpose(1, 2).flatten(0, 1)
-    codes = beam_search(x, quantizer.codebooks, 1).view(N, 3, 20).transpose(0, 1)
+    codes = beam_search(x, quantizer.codebooks, 1)[-1].view(N, 3, 20).transpose(0, 1)
     assert torch.equal(codes, quantizer.encode(z)) and torch.equal(codes, quantizer(z).codes)
 
 

@@ -146,6 +146,7 @@ HEALTHY = {  # config: what scales it to a core and 16 kHz; rates, losses and we
     "base_cpu": [*BASE, phases((150, NO_ADVERSARY), (100, {}))],
     "base": [*BASE, "train.precision=fp32", "data.batch_size=4", *MPD_MRD,
              phases((150, NO_ADVERSARY), (100, {}))],
+    "base_cpu_finish": [*BASE, "train.init_from=OUT/base_cpu_SEED", "train.refit_frames=4000", phases((250, {}))],
     "telugu_finetune": [*BASE, "train.init_from=OUT/base_cpu_SEED", "train.disc_warmup_steps=20",
                         phases((150, NO_ADVERSARY), (100, {}))],
     "mimi": [*SECONDS, *MIMI_BODY, *MSSTFT, "model.quantizer.n_codebooks=8",
