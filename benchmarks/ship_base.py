@@ -59,7 +59,7 @@ for stage in base_cpu base_cpu_finish; do
 done
 ```
 
-On 2 CPU cores (AMD Zen 3); the last stage took {minutes:.0f} minutes for {step} updates. {history}Curves: `docs/base/`.
+On 2 CPU cores; the last stage took {minutes:.0f} minutes for {step} updates. {history}Curves: `docs/base/`.
 
 {training}
 

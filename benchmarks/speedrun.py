@@ -207,7 +207,7 @@ def table(out_dir: Path) -> str:
         if path.exists():
             run = json.loads(path.read_text())
             last, reached = run["looks"][-1], time_to(run["looks"], "stoi", WANTED)
-            minutes = f"{reached / 60:.1f}" if reached else f"not in {run['seconds'] / 60:.0f}"
+            minutes = f"{reached / 60:.1f}" if reached else f"not in {run['seconds'] / 60:g}"
             lines.append(f"| `{rung.name}` | {rung.what} | {run['parameters'] / 1e6:.2f} | {run['audio_per_s']:.1f} | "
                          f"{minutes} | {last['stoi']:.3f} | {last['pesq_wb']:.2f} | {last['mel_db']:.2f} | "
                          f"{last['snr_db']:.1f} | {last['amplitude_ratio']:.2f} |")  # fmt: skip
