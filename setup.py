@@ -11,7 +11,6 @@ setup(
     py_modules=["train_codec_gan", "prepare_speaker_data", "evaluate_codec"],
     install_requires=[
         "torch>=2.11",
-        "torchaudio>=2.11",
         "numpy>=1.26",
         "soundfile>=0.12",
         "tensorboard>=2.15",
@@ -37,7 +36,7 @@ setup(
             "hama>=1.7",
             "faster-whisper>=1.2",
         ],
-        "dev": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.6", "playwright>=1.50"],
+        "dev": ["torchaudio>=2.11", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.6", "playwright>=1.50"],
     },
     entry_points={"console_scripts": ["codec=codec.cli:main"]},
 )

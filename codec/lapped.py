@@ -36,8 +36,7 @@ class LappedEncoder(nn.Module):
         super().__init__()
         self.n_fft, self.hop_length, self.n_envelope = config.n_fft, config.hop_length, config.n_envelope
         n_waveform = latent_dim - config.n_envelope
-        with torch.device("cpu"):  # torchaudio cannot compute filters without memory
-            filters = mel_filterbank(sample_rate, config.n_fft, config.n_bands)
+        filters = mel_filterbank(sample_rate, config.n_fft, config.n_bands)
         self.register_buffer("filters", filters / filters.sum(0).clamp(min=1e-9), persistent=False)
         self.register_buffer("window", lapped_window(config.window_length, config.hop_length), persistent=False)
         self.register_buffer("long_window", torch.hann_window(config.n_fft), persistent=False)

@@ -9,9 +9,9 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-import torchaudio
 from torch import Tensor
 
+from codec.audio import resample
 from codec.spectral import mel_filterbank, stft
 
 SCALES = ((0.008, 20), (0.016, 40), (0.032, 80), (0.064, 160))  # seconds of a window, mel bands
@@ -256,5 +256,5 @@ def _stoi_of_pair(
 def _pairs_16k(wav: Tensor, wav_hat: Tensor, sample_rate: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """(reference, estimate) per item, each [T] at 16 kHz."""
     both = torch.cat([wav, wav_hat], dim=1).float().cpu()
-    both = torchaudio.functional.resample(both, sample_rate, 16000).numpy()
+    both = resample(both, sample_rate, 16000).numpy()
     return [(reference, estimate) for reference, estimate in both]

@@ -1,8 +1,9 @@
 """Short-time spectra, shared by discriminators, losses and metrics; always in float32."""
 
+import math
+
 import torch
 import torch.nn.functional as F
-import torchaudio
 from torch import Tensor
 
 
@@ -38,12 +39,11 @@ def mel_filterbank(sample_rate: int, n_fft: int, n_mels: int) -> Tensor:
         [n_fft/2 + 1, n_mels], Slaney's scale, each filter of unit area (librosa's default).
     Source: Slaney 1998, Auditory Toolbox.
     """
-    return torchaudio.functional.melscale_fbanks(
-        n_freqs=n_fft // 2 + 1,
-        f_min=0.0,
-        f_max=sample_rate / 2,
-        n_mels=n_mels,
-        sample_rate=sample_rate,
-        norm="slaney",
-        mel_scale="slaney",
-    )
+    def to_mel(hz: float) -> float:  # linear below 1 kHz, 27 steps to 6.4 times the frequency above
+        return hz * 3 / 200 if hz < 1000 else 15 + math.log(hz / 1000) * 27 / math.log(6.4)
+
+    mel = torch.linspace(0, to_mel(sample_rate / 2), n_mels + 2, dtype=torch.float64)
+    hz = torch.where(mel < 15, mel * 200 / 3, 1000 * torch.exp((mel - 15) * math.log(6.4) / 27))
+    bins = torch.linspace(0, sample_rate / 2, n_fft // 2 + 1, dtype=torch.float64)[:, None]
+    rising, falling = (bins - hz[:-2]) / hz.diff()[:-1], (hz[2:] - bins) / hz.diff()[1:]
+    return (torch.minimum(rising, falling).clamp(min=0) * 2 / (hz[2:] - hz[:-2])).float()

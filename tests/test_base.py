@@ -1,5 +1,7 @@
 """The model that comes with the package: there, small, the default, and something to fine-tune from."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +57,12 @@ def test_no_command_needs_to_name_it(base, speech, tmp_path, capsys):
     wav, wav_hat = sf.read(speech)[0], sf.read(out)[0]
     assert wav_hat.shape == wav.shape
     np.testing.assert_array_equal(wav_hat, sf.read(decoded)[0])
+
+
+def test_an_installation_does_not_need_torchaudio():
+    """Its newest build refuses the newest torch, and pip installs the two together all the same."""
+    block = "import sys; sys.modules['torchaudio'] = None; import codec.cli, train_codec_gan, prepare_speaker_data"
+    subprocess.run([sys.executable, "-c", f"{block}; codec.cli.Codec.from_pretrained()"], check=True, cwd=ROOT)
 
 
 def test_more_bits_come_nearer_to_voiced_sound(base, speech):

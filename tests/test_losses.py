@@ -154,6 +154,13 @@ def test_mel_loss_is_the_sum_of_log_mel_distances_over_scales(noise):
     torch.testing.assert_close(MelLoss(16000, (256, 1024), (20, 80))(wav, wav_hat), expected)
 
 
+@pytest.mark.parametrize(("sample_rate", "n_fft", "n_mels"), [(16000, 256, 20), (24000, 1920, 80), (44100, 2048, 150)])
+def test_mel_filters_are_torchaudios(sample_rate, n_fft, n_mels):
+    scale = (sample_rate / 2, n_mels, sample_rate, "slaney", "slaney")
+    expected = torchaudio.functional.melscale_fbanks(n_fft // 2 + 1, 0.0, *scale)
+    torch.testing.assert_close(mel_filterbank(sample_rate, n_fft, n_mels), expected, rtol=1e-3, atol=1e-6)
+
+
 def peak_bands(filters, sample_rate):
     """For every band, the centre frequency of its largest weight, in Hz."""
     return filters.argmax(0) * sample_rate / 2 / (len(filters) - 1)
