@@ -523,13 +523,15 @@ def check_resources(config: Config, cost: Cost, n_parameters: int, price_per_hou
         last = min(total, bisect.bisect_left(range(total + 1), limit_s, key=lambda step: seconds_until(config, cost, step)))
     taken = min(hours, limit_s / 3600) if limit_s else hours
     price = f", {taken * price_per_hour:,.2f} at {price_per_hour:g} an hour" if price_per_hour else ""
+    refit = config.train.refit_frames
+    before = f"; fitting codebooks to {refit:,} latents before them is not counted" if refit else ""
     each = ", ".join(f"{phase.name} {s:.3g} s a step" for phase, s in zip(config.phases, cost.step_s))
     on_card = torch.cuda.is_available()
     room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if on_card:
         room = torch.cuda.get_device_properties(0).total_memory
     return [
-        Check("resources", "ok", f"{duration(taken)} for {last:,} steps{price}"),
+        Check("resources", "ok", f"{duration(taken)} for {last:,} steps{price}{before}"),
         Check("resources", "ok", f"{n_parameters / 1e6:.2f}M parameters; {each}; a validation {cost.validation_s:.3g} s"),
         judge("resources", last < total, f"train.max_minutes={config.train.max_minutes:g}" + (
               f" ends the run at step {last:,} of {total:,}, which would take {duration(hours)}" if last < total else

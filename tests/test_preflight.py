@@ -1,6 +1,7 @@
 """What is said before a run: data with known faults, arithmetic by hand, bounds in closed form, forecasts by counting."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -338,6 +339,13 @@ def test_price_and_the_step_at_which_the_time_is_up():
     assert found(checks, "max_minutes").level == "warning"
     free = check_resources(tiny_config(["phases.0.steps=3000", "phases.1.steps=2000", "train.val_every=500"]), cost, 3_000_000)
     assert free[0].message == "1.6 h for 5,000 steps" and {check.level for check in free} == {"ok"}  # 1500 + 4000 + 300 s
+
+
+def test_what_the_forecast_leaves_out_is_said():
+    config = tiny_config()
+    config = replace(config, train=replace(config.train, refit_frames=2000))
+    first = check_resources(config, Cost([0.1, 0.2], 1.0, 2**20), 3_000_000)[0].message
+    assert first.endswith("; fitting codebooks to 2,000 latents before them is not counted")
 
 
 def test_memory_that_does_not_fit_is_named():
