@@ -533,7 +533,7 @@ def open_data(config: Config) -> tuple[DistilledSegments, DistilledSegments]:
     """Training and validation segments, with what the teachers say of them."""
     data, sample_rate = config.data, config.model.sample_rate
     train_set = SegmentDataset(read_manifest(data.manifest, "train", sample_rate), data.segment_samples, config.train.seed,
-                               data.speaker_balanced)  # fmt: skip
+                               data.speaker_balanced, data.speeds)  # fmt: skip
     val_utterances = read_manifest(data.manifest, "val", sample_rate) or train_set.utterances
     val_set = SegmentDataset(val_utterances, data.val_segment_samples or data.segment_samples, VAL_SEED)
     teachers = open_teachers(config.distill)

@@ -278,6 +278,7 @@ class DataConfig:
     batch_size: int  # segments per update, all ranks together
     segments_per_epoch: int
     speaker_balanced: bool = False  # False: every second of audio is as likely as any other
+    speeds: tuple[float, ...] = ()  # training segments are resampled to one of these, as 0.9 (longer and lower); empty: 1
     n_workers: int = 2  # loader processes per rank
     val_segments: int = 64
     val_segment_samples: int = 0  # 0: as segment_samples
@@ -751,6 +752,11 @@ def _validate_shapes(config: Config, where: str) -> None:
             strides = f" (strides {list(model.encoder.strides)})" if model.encoder.type == "conv" else ""
             raise ValueError(f"{where}: data.{key}={samples} is not a multiple of hop_length={hop}{strides}; "
                              f"try {low} or {low + hop}")  # fmt: skip
+    if any(not 0.5 <= speed <= 2 or abs(100 * speed - round(100 * speed)) > 1e-6 for speed in data.speeds):
+        raise ValueError(f"{where}: data.speeds={[*data.speeds]}, expected numbers from 0.5 to 2 with two digits, as 0.95")
+    if data.speeds and any(getattr(config.distill, name) for name in TEACHERS):
+        raise ValueError(f"{where}: data.speeds={[*data.speeds]} beside distill: features tell of recordings as they are; "
+                         "leave one out")  # fmt: skip
     if data.segments_per_epoch < data.batch_size:
         raise ValueError(f"{where}: data.segments_per_epoch={data.segments_per_epoch} is less than one batch of "
                          f"{data.batch_size}; an epoch wants hundreds of updates: try {1000 * data.batch_size}")

@@ -6,6 +6,7 @@ neither the number of ranks nor on where it was resumed, and there is no loader 
 """
 
 import json
+import math
 import signal
 import warnings
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from codec.audio import read_segment
+from codec.audio import read_segment, resample_array
 
 REQUIRED_KEYS = {"path": str, "speaker": str, "split": str, "sample_rate": int, "n_samples": int}
 
@@ -88,30 +89,42 @@ class SegmentDataset(Dataset):
     A segment's utterance is drawn in proportion to its length, its start uniformly, so that a second of a long
     recording is as likely as a second of a short one. Speaker-balanced: first the speaker, uniformly, then as
     before. An utterance shorter than the segment is padded with zeros at its end.
+
+    With `speeds`, each segment is resampled to play at one of them, drawn uniformly: pitch and formants move with it, so
+    that few speakers pass for more (speed perturbation, Ko et al. 2015).
     """
 
-    def __init__(self, utterances: list[Utterance], segment_samples: int, seed: int, speaker_balanced: bool = False):
+    def __init__(
+        self, utterances: list[Utterance], segment_samples: int, seed: int, speaker_balanced: bool = False,
+        speeds: tuple[float, ...] = (),
+    ):  # fmt: skip
         if not utterances:
             raise ValueError("data: no utterances to draw segments from; the manifest has none of this split")
         self.utterances, self.segment_samples, self.seed = utterances, segment_samples, seed
+        self.speeds = speeds or (1.0,)
         groups: dict[str, list[Utterance]] = {}
         for utterance in utterances:
             groups.setdefault(utterance.speaker if speaker_balanced else "", []).append(utterance)
         self.groups = [groups[name] for name in sorted(groups)]
         self.ends = [np.cumsum([u.n_samples for u in group]) for group in self.groups]
 
-    def position(self, index: int) -> tuple[Utterance, int]:
-        """Utterance and first sample of segment `index`."""
+    def position(self, index: int) -> tuple[Utterance, int, float]:
+        """Utterance, first sample and speed of segment `index`."""
         rng = np.random.default_rng((self.seed, index))
         group = rng.integers(len(self.groups)) if len(self.groups) > 1 else 0
         utterance = self.groups[group][
             np.searchsorted(self.ends[group], rng.integers(self.ends[group][-1]), side="right")
         ]
-        return utterance, int(rng.integers(max(utterance.n_samples - self.segment_samples, 0) + 1))
+        speed = self.speeds[rng.integers(len(self.speeds))] if len(self.speeds) > 1 else self.speeds[0]
+        return utterance, int(rng.integers(max(utterance.n_samples - self._span(speed), 0) + 1)), speed
+
+    def _span(self, speed: float) -> int:
+        """Recorded samples that a segment takes."""
+        return math.ceil(self.segment_samples * speed)
 
     def __getitem__(self, index: int) -> Tensor:
-        utterance, start = self.position(index)
-        n_samples = min(self.segment_samples, utterance.n_samples)
+        utterance, start, speed = self.position(index)
+        n_samples = min(self._span(speed), utterance.n_samples)
         try:
             wav = read_segment(utterance.path, start, n_samples)
         except ValueError as error:  # one bad file must not end a run of days; silence keeps the order of the data
@@ -120,6 +133,8 @@ class SegmentDataset(Dataset):
         if len(wav) < n_samples:
             warnings.warn(f"{utterance.path}: {start + len(wav)} samples, the manifest says {utterance.n_samples}; "
                           "padded with silence", stacklevel=2)  # fmt: skip
+        if speed != 1:
+            wav = resample_array(wav, round(100 * speed), 100)[: self.segment_samples]
         segment = torch.zeros(1, self.segment_samples)
         segment[0, : len(wav)] = torch.from_numpy(wav)
         return segment

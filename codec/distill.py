@@ -42,7 +42,7 @@ class DistilledSegments(Dataset):
         self.hop_length, self.sample_rate = hop_length, sample_rate
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Targets]]:
-        utterance, start = self.segments.position(index)
+        utterance, start, _ = self.segments.position(index)  # config.py lets teachers have no speeds
         n_frames = self.segments.segment_samples // self.hop_length
         targets = {name: store.targets(utterance, start, n_frames, self.hop_length, self.sample_rate)
                    for name, store in self.teachers.items()}  # fmt: skip

@@ -40,6 +40,8 @@ def test_every_shipped_config_is_valid_builds_and_survives_a_round_trip(path):
         ("phases.9.steps=1", "no such place in the config"),
         ("discriminators.sets=[]", "discriminators.sets is empty"),
         ("data.segments_per_epoch=2", "less than one batch"),
+        ("data.speeds=[1.0,0.3]", "data.speeds=[1.0, 0.3], expected numbers from 0.5 to 2 with two digits, as 0.95"),
+        ("data.speeds=[0.955]", "with two digits"),
         ("losses.mel_bins=[10]", "they go in pairs"),
         ("nonsense", "expected key=value"),
         ("model.encoder.type=[conv]", "expected conv | spectral | lapped"),

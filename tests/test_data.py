@@ -14,7 +14,8 @@ from codec.data import SegmentDataset, StepSampler, Utterance, read_manifest, se
 def test_segments_are_the_samples_of_the_file_at_their_position(manifest):
     dataset = SegmentDataset(read_manifest(manifest, "train", 8000), 2000, seed=0)
     for index in range(20):
-        utterance, start = dataset.position(index)
+        utterance, start, speed = dataset.position(index)
+        assert speed == 1
         whole, _ = sf.read(utterance.path, dtype="float32")
         assert np.array_equal(dataset[index][0].numpy(), whole[start : start + 2000])
 
@@ -23,9 +24,9 @@ def test_a_second_is_as_likely_as_any_other_however_long_its_recording():
     utterances = [Utterance(Path("short"), "a", 10_000), Utterance(Path("long"), "a", 190_000)]
     dataset = SegmentDataset(utterances, 1000, seed=0)
     positions = [dataset.position(index) for index in range(20_000)]
-    share = sum(utterance.path.name == "long" for utterance, _ in positions) / len(positions)
+    share = sum(utterance.path.name == "long" for utterance, *_ in positions) / len(positions)
     assert share == pytest.approx(0.95, abs=0.01)
-    starts = np.array([start for utterance, start in positions if utterance.path.name == "long"])
+    starts = np.array([start for utterance, start, _ in positions if utterance.path.name == "long"])
     tenths = np.histogram(starts, 10, (0, 189_001))[0] / len(starts)
     assert np.abs(tenths - 0.1).max() < 0.01
     # known wrong: an item is a file, so a second of the short one comes up 19 times as often
@@ -47,6 +48,33 @@ def test_segments_depend_on_seed_and_number_only(manifest):
     one, again, other = (SegmentDataset(utterances, 2000, seed) for seed in (1, 1, 2))
     assert [one.position(i) for i in (5, 3, 5)] == [again.position(i) for i in (5, 3, 5)]
     assert [one.position(i) for i in range(9)] != [other.position(i) for i in range(9)]
+
+
+def test_a_segment_at_another_speed_has_its_pitch_moved_and_all_of_its_samples(tmp_path):
+    rate, tone = 8000, np.sin(2 * np.pi * 400 / 8000 * np.arange(8000))
+    sf.write(tmp_path / "a.wav", tone, rate)
+    dataset = SegmentDataset([Utterance(tmp_path / "a.wav", "a", 8000)], 4000, 0, speeds=(0.8, 1.25))
+    drawn = Counter()
+    for index in range(40):
+        *_, speed = dataset.position(index)
+        segment = dataset[index][0].numpy()
+        spectrum = np.abs(np.fft.rfft(segment * np.hanning(4000)))
+        assert spectrum.argmax() * rate / 4000 == pytest.approx(400 * speed, abs=2)  # 320 or 500 Hz
+        assert np.square(segment[-200:]).mean() == pytest.approx(0.5, rel=0.2)  # to its end, no zeros
+        drawn[speed] += 1
+    assert min(drawn[0.8], drawn[1.25]) > 8
+
+
+def test_speeds_of_one_draw_the_segments_that_no_speeds_draw(manifest):
+    utterances = read_manifest(manifest, "train", 8000)
+    plain, same = SegmentDataset(utterances, 2000, 0), SegmentDataset(utterances, 2000, 0, speeds=(1.0,))
+    assert all(torch.equal(plain[i], same[i]) for i in range(10))
+
+
+def test_an_utterance_shorter_than_a_fast_segment_is_padded_at_its_end(tmp_path):
+    sf.write(tmp_path / "a.wav", np.full(2200, 0.5), 8000)
+    segment = SegmentDataset([Utterance(tmp_path / "a.wav", "a", 2200)], 2000, 0, speeds=(1.25,))[0][0]
+    assert segment.shape == (2000,) and segment[1760:].eq(0).all() and segment[100:1600].sub(0.5).abs().max() < 0.01
 
 
 def test_ranks_share_out_the_batches_of_a_single_process_in_order():

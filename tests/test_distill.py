@@ -406,6 +406,7 @@ def test_a_teacher_of_what_is_left_over_teaches_the_second_input_alone(features,
 
 
 @pytest.mark.parametrize("overrides, message", [
+    (["data.speeds=[0.9,1.1]"], r"data.speeds=\[0.9, 1.1\] beside distill: features tell of recordings as they are"),
     (["distill.wavlm.detach_first=1"], "distill.wavlm.detach_first=1 with semantic_inputs=shared, expected own"),
     (["model.quantizer.semantic_inputs=own", "distill.wavlm.detach_first=2"], "expected less than its n_codebooks=2"),
 ])  # fmt: skip
