@@ -134,7 +134,7 @@ class SegmentDataset(Dataset):
             warnings.warn(f"{utterance.path}: {start + len(wav)} samples, the manifest says {utterance.n_samples}; "
                           "padded with silence", stacklevel=2)  # fmt: skip
         sound = torch.from_numpy(wav)
-        if speed != 1:  # by torch, not by NumPy's BLAS: the threads of both in one process take 1.6 times as long an update
+        if speed != 1:  # not by NumPy's BLAS, whose threads beside torch's made an update 1.6 times as long
             from torchaudio.functional import resample
 
             sound = resample(sound, round(100 * speed), 100)[: self.segment_samples]
