@@ -17,6 +17,8 @@ from codec.pretrained import BASE, resolve
 from train_codec_gan import build, load_initial
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import base_speech  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -94,3 +96,15 @@ def test_a_folder_called_base_goes_before_its_name_but_not_before_the_default(ba
         Codec.from_pretrained("base")
     assert Codec.from_pretrained().model_id == base.model_id  # who names nothing means the package's
     assert cli.main(["info"]) == 0
+
+
+def test_speech_of_the_languages_tested_on_is_never_laid_out(tmp_path):
+    folder = tmp_path / "in/voices"
+    wanted = (("fr/a", 24000), ("de/deep/b", 22050))
+    for name, rate in (*wanted, ("es/a", 24000), ("Default_es/a", 24000), ("Robot/a", 24000), ("fr/c", 8000)):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        sf.write(folder / f"{name}.ogg", np.zeros(rate), rate)
+    source = base_speech.Source("xx", "package", "voices", "file", "sha256")
+    rows = base_speech.lay_out(tmp_path / "in", source, tmp_path / "out")
+    assert rows == [("xx_de/deep-b.ogg", "xx_de", "train"), ("xx_fr/a.ogg", "xx_fr", "train")]
+    assert sorted(path.name for path in (tmp_path / "out").rglob("*.ogg")) == ["a.ogg", "deep-b.ogg"]
