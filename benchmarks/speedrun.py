@@ -90,6 +90,8 @@ CSPEC = ("loss_weights.cspec=5.0", "loss_weights.wave=1.0")
 LAPPED_BODY = "{{type: lapped, window_length: 720, hop_length: 480, n_fft: 1920, n_envelope: 16, dim: 256, n_blocks: {}}}"
 LAPPED = (f"model.encoder={LAPPED_BODY.format(2)}", f"model.decoder={LAPPED_BODY.format(7)}", "model.latent_dim=64")
 BEAM = ("model.quantizer.beam=8",)
+# what base_cpu.yaml has for an hour and not for minutes: slow codebooks and other speeds
+MINUTES = ("model.quantizer.decay=0.99", "model.quantizer.dead_threshold=0.2", "data.speeds=[1.0]")
 LADDER = [
     Rung("encodec", "encodec_24khz", ENCODEC, 0.0, "EnCodec's shape: causal, LSTM, MS-STFT discriminator, balancer"),
     Rung("dac", "dac_24khz", DAC, 0.0, "DAC's shape: Snake, factorised codebooks, adversary from the start"),
@@ -106,7 +108,7 @@ LADDER = [
          "principal components of waveform and envelope to start from, networks beside them"),
     Rung("beam", "dac_24khz", DAC + FLOOR + LATE + EMA + SCALES + RATE + SPECTRAL + CSPEC + LAPPED + BEAM, 0.9,
          "8 sums of codes kept while they are searched for, at inference"),
-    Rung("ours", "base_cpu", RATE, 0.9, "one lean spectral discriminator, hinge: base_cpu.yaml"),
+    Rung("ours", "base_cpu", RATE + MINUTES, 0.9, "one lean spectral discriminator, hinge: base_cpu.yaml"),
 ]  # fmt: skip
 
 
