@@ -97,6 +97,7 @@ class LappedConfig:
     expansion: int = 3
     kernel_size: int = 7
     n_bands: int = 64  # mel bands that the encoder takes the envelope from
+    n_spectra: int = 1  # of each frame, one after the other: 4 where it lasts 20 ms and a consonant 5
 
 
 @dataclass(frozen=True)
@@ -584,7 +585,7 @@ MODEL_LIMITS = [  # keys under model
         ("lstm_layers", 0, 16), ("latent_stride", 1, None), ("transformer.n_layers", 1, 256),
         ("transformer.n_heads", 1, None), ("transformer.ff_dim", 1, None), ("transformer.window", 1, None),
         ("transformer.layer_scale", 0, 1000), ("transformer.rope_theta", 1, 10**12),
-        ("n_fft", 2, None), ("n_envelope", 1, None), ("n_bands", 1, None),
+        ("n_fft", 2, None), ("n_envelope", 1, None), ("n_bands", 1, None), ("n_spectra", 1, None),
         ("dim", 1, None), ("n_blocks", 1, 256), ("expansion", 1, None), ("kernel_size", 1, None)]],
     ("quantizer.n_semantic", 0, None), ("quantizer.n_prosodic", 0, None), ("quantizer.semantic_blocks", 0, 64),
     ("quantizer.semantic_gradient", 0, 1), ("quantizer.semantic_to_encoder", 0, 1), ("quantizer.semantic_decay", 0, 1),
@@ -694,13 +695,16 @@ def _validate_lapped_body(model: ModelConfig, name: str, where: str) -> None:
                          "window_length above hop_length and at most twice as long")  # fmt: skip
     if not body.kernel_size % 2:
         raise ValueError(f"{at}.kernel_size={body.kernel_size}, expected an odd number")
-    if body.n_fft < body.hop_length or body.n_fft % 2:
-        raise ValueError(f"{at}.n_fft={body.n_fft}, expected an even number, at least hop_length={body.hop_length}")
-    shared = ("type", "window_length", "n_fft", "n_envelope")
+    if body.hop_length % body.n_spectra:
+        raise ValueError(f"{at}.n_spectra={body.n_spectra}, expected a divisor of hop_length={body.hop_length}")
+    if body.n_fft * body.n_spectra < body.hop_length or body.n_fft % 2:
+        raise ValueError(f"{at}.n_fft={body.n_fft}, expected an even number, at least {body.hop_length // body.n_spectra}, "
+                         "the samples between two spectra")  # fmt: skip
+    shared = ("type", "window_length", "n_fft", "n_envelope", "n_spectra")
     if any(getattr(model.encoder, key, None) != getattr(model.decoder, key, None) for key in shared):
         raise ValueError(f"{where}: model.encoder and model.decoder are to be lapped both, with the same "
                          f"{', '.join(shared[1:])}")  # fmt: skip
-    most = min(model.latent_dim - 1, body.n_bands)
+    most = min(model.latent_dim - 1, body.n_spectra * body.n_bands)
     if body.n_envelope > most or model.latent_dim - body.n_envelope > body.window_length:
         raise ValueError(f"{at}.n_envelope={body.n_envelope}, expected at most {most}, and the rest of "
                          f"latent_dim={model.latent_dim} at most window_length={body.window_length}")  # fmt: skip

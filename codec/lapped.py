@@ -12,16 +12,16 @@ from codec.layers import Gain, convnext_blocks, istft_frames, reach_in_samples, 
 from codec.spectral import mel_filterbank
 
 LEAST_LEVEL = 1e-3  # of a frame, so that silence has a direction too
-LEAST_BAND = 0.1  # magnitude of a band that counts as silent: -50 dB of a loud one
+LEAST_BAND = 0.1  # magnitude of a band that counts as silent: some -40 dB of a loud one in spectra of 480 samples
 LEAST_BIN = 1e-2  # likewise of one frequency
-ENVELOPE_POWER = 0.5  # of the numbers for the envelope together; those for the waveform have about 2
+ENVELOPE_POWER = 1 / 32  # of each number for the envelope; those for the waveform have about 2 together
 
 
 class LappedEncoder(nn.Module):
     """Overlapping frames to numbers for the waveform and for the spectral envelope, which ConvNeXt blocks then improve.
 
-    Both kinds are principal components (`start_transform`), of a frame's samples and of its log-mel spectrum, and the blocks
-    change next to nothing at first. So the codec works before its first update: its bits carry the strongest of the
+    Both kinds are principal components (`start_transform`), of a frame's samples and of its log-mel spectra, one after the
+    other, and the blocks change next to nothing at first. So the codec works before its first update: its bits carry the strongest of the
     waveform, mostly below 1 kHz, and how loud it is everywhere else.
 
     The numbers for the waveform have the root of the norm that the transform gives, so that quiet speech has its share of the
@@ -35,15 +35,16 @@ class LappedEncoder(nn.Module):
     def __init__(self, config: LappedConfig, latent_dim: int, sample_rate: int):
         super().__init__()
         self.n_fft, self.hop_length, self.n_envelope = config.n_fft, config.hop_length, config.n_envelope
+        self.n_spectra, n_bands = config.n_spectra, config.n_spectra * config.n_bands
         n_waveform = latent_dim - config.n_envelope
         filters = mel_filterbank(sample_rate, config.n_fft, config.n_bands)
         self.register_buffer("filters", filters / filters.sum(0).clamp(min=1e-9), persistent=False)
         self.register_buffer("window", lapped_window(config.window_length, config.hop_length), persistent=False)
         self.register_buffer("long_window", torch.hann_window(config.n_fft), persistent=False)
         self.register_buffer("components", torch.randn(config.window_length, n_waveform) / config.window_length**0.5)
-        self.register_buffer("mean_bands", torch.zeros(config.n_bands))
-        self.register_buffer("envelopes", torch.randn(config.n_bands, config.n_envelope) / config.n_bands)
-        self.embed = nn.Linear(config.window_length + config.n_bands, config.dim)
+        self.register_buffer("mean_bands", torch.zeros(n_bands))
+        self.register_buffer("envelopes", torch.randn(n_bands, config.n_envelope) / n_bands)
+        self.embed = nn.Linear(config.window_length + n_bands, config.dim)
         self.blocks = convnext_blocks(config)
         self.norm = nn.LayerNorm(config.dim)
         self.to_latent = nn.Linear(config.dim, latent_dim)
@@ -54,7 +55,7 @@ class LappedEncoder(nn.Module):
     @property
     def reach_samples(self) -> float:
         """Receptive field in samples, minus 1."""
-        return self.n_fft - 1 + reach_in_samples(self.blocks) * self.hop_length
+        return frame_span(self) - 1 + reach_in_samples(self.blocks) * self.hop_length
 
     @property
     def receptive_field_samples(self) -> float:
@@ -73,9 +74,10 @@ class LappedEncoder(nn.Module):
         return torch.cat([waveform, envelope], -1).transpose(1, 2)
 
     def bands(self, wav: Tensor) -> Tensor:
-        """wav [B, 1, T] to the logarithm of mean magnitudes in mel bands [B, T', n_bands]."""
-        magnitudes = stft_frames(wav[:, 0], self.n_fft, self.hop_length, self.long_window).abs()
-        return (magnitudes.transpose(1, 2) @ self.filters + LEAST_BAND).log()
+        """wav [B, 1, T] to the logarithm of mean magnitudes in mel bands [B, T', n_spectra x n_bands]."""
+        magnitudes = stft_frames(wav[:, 0], self.n_fft, self.hop_length // self.n_spectra, self.long_window).abs()
+        bands = (magnitudes.transpose(1, 2) @ self.filters + LEAST_BAND).log()
+        return bands.unflatten(1, (-1, self.n_spectra)).flatten(2)
 
 
 class LappedDecoder(nn.Module):
@@ -88,21 +90,22 @@ class LappedDecoder(nn.Module):
     def __init__(self, config: LappedConfig, latent_dim: int):
         super().__init__()
         self.n_fft, self.hop_length, self.n_envelope = config.n_fft, config.hop_length, config.n_envelope
+        self.n_spectra = config.n_spectra
         self.register_buffer("window", lapped_window(config.window_length, config.hop_length), persistent=False)
         self.register_buffer("long_window", torch.hann_window(config.n_fft), persistent=False)
         self.transform = nn.Linear(latent_dim - config.n_envelope, config.window_length, bias=False)
-        self.to_magnitudes = nn.Linear(config.n_envelope, config.n_fft // 2 + 1)
+        self.to_magnitudes = nn.Linear(config.n_envelope, config.n_spectra * (config.n_fft // 2 + 1))
         self.embed = nn.Conv1d(latent_dim, config.dim, config.kernel_size, padding=config.kernel_size // 2)
         self.blocks = convnext_blocks(config)
         self.norm = nn.LayerNorm(config.dim)
-        self.to_spectrum = nn.Linear(config.dim, config.n_fft + 2)
+        self.to_spectrum = nn.Linear(config.dim, config.n_spectra * (config.n_fft + 2))
         self.output = Gain()  # a codec from the start needs no tanh, which takes 3 % of the level of loud speech
         self.head = nn.Sequential()
 
     @property
     def reach_frames(self) -> float:
         """Receptive field in frames, minus 1."""
-        return (self.n_fft - 1) / self.hop_length + reach_in_samples(self.embed) + reach_in_samples(self.blocks)
+        return (frame_span(self) - 1) / self.hop_length + reach_in_samples(self.embed) + reach_in_samples(self.blocks)
 
     def forward(self, z_q: Tensor) -> Tensor:
         """z_q [B, D, T'] to wav_hat [B, 1, T' x hop_length]."""
@@ -113,8 +116,8 @@ class LappedDecoder(nn.Module):
             wav_hat = overlap_add(level(z) * self.transform(z), self.window, self.hop_length)
             change, phase = self.to_spectrum(x.float()).chunk(2, dim=-1)
             log_magnitude = (self.to_magnitudes(envelope) + change).clamp(max=5.0)
-            spectrum = torch.polar(log_magnitude.exp(), phase).transpose(1, 2)
-            wav_hat = wav_hat + istft_frames(spectrum, self.n_fft, self.hop_length, self.long_window)
+            spectra = torch.polar(log_magnitude.exp(), phase).unflatten(2, (self.n_spectra, -1)).flatten(1, 2).transpose(1, 2)
+            wav_hat = wav_hat + istft_frames(spectra, self.n_fft, self.hop_length // self.n_spectra, self.long_window)
             return self.output(wav_hat[:, None])
 
 
@@ -132,13 +135,14 @@ def start_transform(encoder: LappedEncoder, decoder: LappedDecoder, wav: Tensor)
     bands = encoder.bands(wav).flatten(0, 1)
     mean = bands.mean(0)
     envelopes = strongest_directions(bands - mean, encoder.n_envelope)
-    envelopes *= (ENVELOPE_POWER / ((bands - mean) @ envelopes).square().sum(1).mean()).sqrt()
+    envelopes *= (ENVELOPE_POWER * encoder.n_envelope / ((bands - mean) @ envelopes).square().sum(1).mean()).sqrt()
 
     # Least squares from the envelope's numbers to the log-magnitudes of what the transform leaves out
     rest = wav[:, 0] - overlap_add(frames @ components @ components.T, encoder.window, encoder.hop_length)
-    spectra = stft_frames(rest, encoder.n_fft, encoder.hop_length, encoder.long_window).abs()
+    spectra = stft_frames(rest, encoder.n_fft, encoder.hop_length // encoder.n_spectra, encoder.long_window).abs()
+    spectra = spectra.transpose(1, 2).unflatten(1, (-1, encoder.n_spectra)).flatten(2)
     known = F.pad((bands - mean) @ envelopes, (0, 1), value=1.0)
-    wanted = (spectra + LEAST_BIN).log().transpose(1, 2).flatten(0, 1)
+    wanted = (spectra + LEAST_BIN).log().flatten(0, 1)
     solution = torch.linalg.solve(known.T @ known, known.T @ wanted)
 
     starts = ((encoder.components, components), (encoder.mean_bands, mean), (encoder.envelopes, envelopes),
@@ -168,6 +172,11 @@ def lapped_frames(wav: Tensor, window: Tensor, hop_length: int) -> Tensor:
     """wav [B, T], T a multiple of hop_length, to windowed frames [B, T / hop_length, window_length] centred on hops."""
     flank = (len(window) - hop_length) // 2
     return F.pad(wav, (flank, flank)).unfold(1, len(window), hop_length) * window
+
+
+def frame_span(body: LappedEncoder | LappedDecoder) -> int:
+    """Samples from the first to the last that one frame covers, the transform's or the spectra's."""
+    return max(len(body.window), body.n_fft + body.hop_length - body.hop_length // body.n_spectra)
 
 
 def overlap_add(frames: Tensor, window: Tensor, hop_length: int) -> Tensor:

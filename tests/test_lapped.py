@@ -11,8 +11,8 @@ from codec.model import Codec
 LENGTH, HOP, N_ENVELOPE = 120, 80, 4
 
 
-def model(n_waveform: int) -> Codec:
-    body = LappedConfig("lapped", LENGTH, HOP, 320, N_ENVELOPE, 16, 2, n_bands=20)
+def model(n_waveform: int, n_fft: int = 320, n_spectra: int = 1) -> Codec:
+    body = LappedConfig("lapped", LENGTH, HOP, n_fft, N_ENVELOPE, 16, 2, n_bands=20, n_spectra=n_spectra)
     torch.manual_seed(0)
     dim = n_waveform + N_ENVELOPE
     return Codec(ModelConfig(8000, dim, body, EMAQuantizerConfig("ema", 6, 64, dim), body)).requires_grad_(False)
@@ -71,14 +71,16 @@ def test_transform_is_the_principal_components():
     assert lost < 0.5 * np.square(frames - frames @ components[-12:].T @ components[-12:]).sum()
 
 
-def test_magnitudes_start_as_the_least_squares_answer_for_what_the_transform_leaves_out():
-    codec, wav = model(12), sounds()
+@pytest.mark.parametrize("n_fft, n_spectra", [(320, 1), (80, 2)])
+def test_magnitudes_start_as_the_least_squares_answer_for_what_the_transform_leaves_out(n_fft, n_spectra):
+    codec, wav = model(12, n_fft, n_spectra), sounds()
     start_transform(codec.encoder, codec.decoder, wav)
     frames = lapped_frames(wav[:, 0], codec.encoder.window, HOP)
     rest = wav[:, 0] - overlap_add(frames @ codec.encoder.components @ codec.encoder.components.T, codec.encoder.window, HOP)
-    padded = torch.nn.functional.pad(rest, (120, 120)).double().numpy()  # frames of 320 centred on hops of 80
-    windowed = np.lib.stride_tricks.sliding_window_view(padded, 320, axis=1)[:, ::HOP] * np.hanning(321)[:-1]
-    wanted = np.log(np.abs(np.fft.rfft(windowed)) + 1e-2).reshape(-1, 161)
+    hop = HOP // n_spectra
+    padded = torch.nn.functional.pad(rest, 2 * ((n_fft - hop) // 2,)).double().numpy()  # each spectrum centred on its hop
+    windowed = np.lib.stride_tricks.sliding_window_view(padded, n_fft, axis=1)[:, ::hop] * np.hanning(n_fft + 1)[:-1]
+    wanted = np.log(np.abs(np.fft.rfft(windowed)) + 1e-2).reshape(-1, n_spectra * (n_fft // 2 + 1))
     bands = (codec.encoder.bands(wav) - codec.encoder.mean_bands).flatten(0, 1).double().numpy()
     known = np.pad(bands @ codec.encoder.envelopes.double().numpy(), ((0, 0), (0, 1)), constant_values=1.0)
     solution = np.linalg.lstsq(known, wanted, rcond=None)[0]
@@ -87,6 +89,29 @@ def test_magnitudes_start_as_the_least_squares_answer_for_what_the_transform_lea
     # the spectrum of the sound itself would put there a second time what the transform has already
     whole = np.abs(codec.encoder.bands(wav).mean().item() - wanted.mean())
     assert whole > 0.5 and solution[-1].mean() == pytest.approx(wanted.mean(), abs=0.05)
+
+
+@pytest.mark.parametrize("quarter", range(4))
+def test_spectra_of_a_frame_follow_each_other(quarter):
+    """A hiss of a quarter of a frame is heard by that quarter's bands and comes out where it was.
+
+    Bands laid out before times, spectra in the wrong order, or one of 320 samples, put it elsewhere.
+    """
+    def of_one_quarter(n_fft: int, n_spectra: int) -> tuple[torch.Tensor, torch.Tensor]:
+        codec, hiss = model(1, n_fft, n_spectra), torch.randn(4, 1, 200 * HOP, generator=torch.Generator().manual_seed(2))
+        at = torch.rand(4, 1, 800, 1, generator=torch.Generator().manual_seed(3)) < 0.1
+        start_transform(codec.encoder, codec.decoder, (hiss.unflatten(2, (800, -1)) * at).flatten(2))
+        wav = torch.zeros(1, 1, 9 * HOP)
+        there = slice(4 * HOP + quarter * HOP // 4, 4 * HOP + (quarter + 1) * HOP // 4)
+        wav[..., there] = hiss[0, 0, : HOP // 4]
+        return codec.encoder.bands(wav)[0, 4], codec.decoder(codec.encoder(wav))[0, 0, 4 * HOP : 5 * HOP]
+
+    bands, heard = of_one_quarter(24, 4)
+    assert bands.unflatten(0, (4, -1)).mean(1).argmax() == quarter
+    shares = heard.square().unflatten(0, (4, -1)).sum(1) / heard.square().sum()
+    assert shares.argmax() == quarter and shares[quarter] > 0.5
+    _, smeared = of_one_quarter(320, 1)
+    assert (smeared.square().unflatten(0, (4, -1)).sum(1) / smeared.square().sum())[quarter] < 0.4
 
 
 def test_a_codec_works_before_it_is_trained():

@@ -23,6 +23,7 @@ from codec.model import Codec
 
 EMA = EMAQuantizerConfig("ema", 3, 16, 8)
 LAPPED = LappedConfig("lapped", 30, 20, 80, 4, 16, 2, n_bands=10)
+SHORT = replace(LAPPED, n_fft=16, n_spectra=4)
 FACTORIZED = FactorizedQuantizerConfig("factorized", 3, 16, 4)
 TRANSFORMER = TransformerConfig(n_layers=2, n_heads=2, ff_dim=16, window=30, layer_scale=0.5)
 SEANET = {"causal": True, "activation": "elu", "dilations": (1,), "residual_kernel_size": 3, "residual_compress": 2}
@@ -50,6 +51,7 @@ MODELS = {
     "spectral": ModelConfig(8000, 12, SpectralConfig("spectral", 80, 20, 16, 2), EMA,
                             SpectralConfig("spectral", 80, 20, 16, 2)),
     "lapped": ModelConfig(8000, 12, LAPPED, EMA, LAPPED),
+    "lapped, four spectra": ModelConfig(8000, 12, SHORT, EMA, SHORT),
     "factorised": conv_model((2, 5), FACTORIZED),
 }  # fmt: skip
 all_models = pytest.mark.parametrize("config", MODELS.values(), ids=MODELS.keys())
