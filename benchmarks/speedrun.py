@@ -70,7 +70,7 @@ DAC = (
     "loss_weights.commit=2.0", "loss_weights.codebook=8.0",
 )  # fmt: skip
 ENCODEC = (
-    "model.encoder.encoder_dim=18", "model.decoder.decoder_dim=272", "model.latent_dim=80", "model.quantizer.codebook_dim=80",
+    "model.encoder.encoder_dim=18", "model.decoder.decoder_dim=272", "model.latent_dim=88", "model.quantizer.codebook_dim=88",
     "model.quantizer.n_codebooks=8", "model.quantizer.dropout_counts=[2, 4, 8]", "model.quantizer.kmeans_frames=16384",
     "data.segment_samples=24000", "data.batch_size=2", "discriminators.sets.0.channels=8",
 )  # fmt: skip
@@ -90,6 +90,8 @@ CSPEC = ("loss_weights.cspec=5.0", "loss_weights.wave=1.0")
 LAPPED_BODY = "{{type: lapped, window_length: 720, hop_length: 480, n_fft: 1920, n_envelope: 16, dim: 256, n_blocks: {}}}"
 LAPPED = (f"model.encoder={LAPPED_BODY.format(2)}", f"model.decoder={LAPPED_BODY.format(7)}", "model.latent_dim=64")
 BEAM = ("model.quantizer.beam=8",)
+SHORT_BODY = LAPPED_BODY.replace("n_fft: 1920, n_envelope: 16", "n_fft: 480, n_spectra: 4, n_envelope: 32")
+SHORT = (f"model.encoder={SHORT_BODY.format(2)}", f"model.decoder={SHORT_BODY.format(7)}")
 # what base_cpu.yaml has for an hour and not for minutes: slow codebooks and other speeds
 MINUTES = ("model.quantizer.decay=0.99", "model.quantizer.dead_threshold=0.2", "data.speeds=[1.0]")
 LADDER = [
@@ -108,6 +110,8 @@ LADDER = [
          "principal components of waveform and envelope to start from, networks beside them"),
     Rung("beam", "dac_24khz", DAC + FLOOR + LATE + EMA + SCALES + RATE + SPECTRAL + CSPEC + LAPPED + BEAM, 0.9,
          "8 sums of codes kept while they are searched for, at inference"),
+    Rung("spectra", "dac_24khz", DAC + FLOOR + LATE + EMA + SCALES + RATE + SPECTRAL + CSPEC + LAPPED + BEAM + SHORT, 0.9,
+         "four short spectra a frame, not a long one; half of the numbers for them"),
     Rung("ours", "base_cpu", RATE + MINUTES, 0.9, "one lean spectral discriminator, hinge: base_cpu.yaml"),
 ]  # fmt: skip
 
