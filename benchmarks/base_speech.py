@@ -1,11 +1,11 @@
-"""Speech of Debian packages: the three that the package's own model was trained on, and with --wide eight more.
+"""Speech of Debian packages: the eleven that the package's own model was trained on, or three of them.
 
-    python benchmarks/base_speech.py data/base/raw              # three packages, 2.4 h to train on
-    python prepare_speaker_data.py data/base/raw data/base/speech --sample_rate 24000 --metadata data/base/raw/metadata.csv \\
+    python benchmarks/base_speech.py data/wide/raw --wide       # 6.5 h to train on; without --wide three packages, 2.4 h
+    python prepare_speaker_data.py data/wide/raw data/wide/speech --sample_rate 24000 --metadata data/wide/raw/metadata.csv \\
         --min_s 0.3 --no_balance
 
-With --wide (and data/wide for data/base) 6.5 h. Of these the dialogues of a game, fi_*, were recorded poorly, so the last
-stage, for which recordings are what is to be sounded like, leaves them out:
+The dialogues of one game, fi_*, were recorded poorly, so the last stage, for which recordings are what is to be sounded
+like, leaves them out:
 
     grep -v '"speaker": "fi_' data/wide/speech/manifest.jsonl > data/wide/speech/clear.jsonl
     python train_codec_gan.py --config configs/base_cpu.yaml \\

@@ -38,7 +38,7 @@ CARD = """# The model that comes with the package
 codebooks. It is what `codec encode`, `decode`, `reconstruct` and `Codec.from_pretrained()` use when nothing else is named, and
 what `configs/telugu_finetune.yaml` starts from.
 
-**What it cannot do.** It has heard {hours:.1f} hours of phrases, words and letters, spoken near a microphone; no running
+**What it cannot do.** It has heard {hours:.1f} hours of phrases, words, letters, prompts and the dialogues of games; no running
 speech, no music, no noise, no natural Telugu. {below}It looks ahead {ahead_ms:.0f} ms, so it is not for conversations.
 
 ## Measured
@@ -51,12 +51,14 @@ speaker are not independent. Short test sets cannot use every entry: half a minu
 ## Training
 
 ```bash
-python benchmarks/base_speech.py data/base/raw
-python prepare_speaker_data.py data/base/raw data/base/speech --sample_rate 24000 --metadata data/base/raw/metadata.csv \\
+python benchmarks/base_speech.py data/wide/raw --wide
+python prepare_speaker_data.py data/wide/raw data/wide/speech --sample_rate 24000 --metadata data/wide/raw/metadata.csv \\
     --min_s 0.3 --no_balance
-for stage in base_cpu base_cpu_finish; do
-    python train_codec_gan.py --config configs/$stage.yaml --set data.manifest=data/base/speech/manifest.jsonl
-done
+grep -v '"speaker": "fi_' data/wide/speech/manifest.jsonl > data/wide/speech/clear.jsonl
+python train_codec_gan.py --config configs/base_cpu.yaml \\
+    --set data.manifest=data/wide/speech/manifest.jsonl train.precision=bf16
+python train_codec_gan.py --config configs/base_cpu_finish.yaml \\
+    --set data.manifest=data/wide/speech/clear.jsonl train.precision=bf16
 ```
 
 On 2 CPU cores; the last stage took {minutes:.0f} minutes for {step} updates. {history}Curves: `docs/base/`.
@@ -65,8 +67,10 @@ On 2 CPU cores; the last stage took {minutes:.0f} minutes for {step} updates. {h
 
 ## Licences
 
-The weights: MIT, as the package. They were trained on tuxpaint-stamps-default (GPL-2), klettres-data (GPL-2+) and
-ktuberling-data (GPL-2+, some CC) of Debian, of which nothing is passed on here.
+The weights: MIT, as the package. They were trained on packages of Debian, of which nothing is passed on here:
+tuxpaint-stamps-default, fillets-ng-data-cs and -nl (GPL-2), klettres-data (GPL-2+), ktuberling-data (GPL-2+, some CC),
+hedgewars-data (GFDL-1.3), gcin-voice (LGPL-3 and CC-BY-3.0: Edward Der-Hua Liu; ChionMeilin, voice of Chu Lo) and
+asterisk-core-sounds-en and -fr (CC-BY-SA-3.0: Allison Smith; June Wallack).
 """
 
 
