@@ -21,8 +21,8 @@ class LappedEncoder(nn.Module):
     """Overlapping frames to numbers for the waveform and for the spectral envelope, which ConvNeXt blocks then improve.
 
     Both kinds are principal components (`start_transform`), of a frame's samples and of its log-mel spectra, one after the
-    other, and the blocks change next to nothing at first. So the codec works before its first update: its bits carry the strongest of the
-    waveform, mostly below 1 kHz, and how loud it is everywhere else.
+    other, and the blocks change next to nothing at first. So the codec works before its first update: its bits carry the
+    strongest of the waveform, mostly below 1 kHz, and how loud it is everywhere else.
 
     The numbers for the waveform have the root of the norm that the transform gives, so that quiet speech has its share of the
     codebooks. The blocks turn them and cannot make them longer: where they could, latents grew thirtyfold within 2000 updates

@@ -48,7 +48,7 @@ def test_every_shipped_config_is_valid_builds_and_survives_a_round_trip(path):
         (LAPPED.format(41, 40, 80), "expected even numbers, window_length above hop_length and at most twice as long"),
         (LAPPED.format(20, 20, 80), "expected even numbers, window_length above hop_length and at most twice as long"),
         (LAPPED.format(42, 20, 80), "expected even numbers, window_length above hop_length and at most twice as long"),
-        (LAPPED.format(30, 20, 81), "model.encoder.n_fft=81, expected an even number, at least 20, the samples between two spectra"),
+        (LAPPED.format(30, 20, 81), "model.encoder.n_fft=81, expected an even number, at least 20, the samples"),
         (LAPPED.format(30, 20, "4, n_spectra: 4"), "model.encoder.n_fft=4, expected an even number, at least 5, the samples"),
         (LAPPED.format(30, 20, "80, n_spectra: 3"), "model.encoder.n_spectra=3, expected a divisor of hop_length=20"),
         (LAPPED.format(30, 20, "80, n_spectra: 0"), "model.encoder.n_spectra=0, expected at least 1"),
