@@ -1,4 +1,4 @@
-"""Speech of Debian packages: the eleven that the package's own model was trained on, or three of them.
+"""Speech of eleven Debian packages, what the package's own model was trained and validated on, or of three of them.
 
     python benchmarks/base_speech.py data/wide/raw --wide       # 6.5 h to train on; without --wide three packages, 2.4 h
     python prepare_speaker_data.py data/wide/raw data/wide/speech --sample_rate 24000 --metadata data/wide/raw/metadata.csv \\
