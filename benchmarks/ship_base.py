@@ -61,7 +61,7 @@ python train_codec_gan.py --config configs/base_cpu_finish.yaml \\
     --set data.manifest=data/wide/speech/clear.jsonl train.precision=bf16
 ```
 
-On 2 CPU cores; the last stage took {minutes:.0f} minutes for {step} updates. {history}Curves: `docs/base/`.
+On 2 CPU cores with AMX; the last stage took {minutes:.0f} minutes for {step} updates. {history}Curves: `docs/base/`.
 
 {training}
 

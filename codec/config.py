@@ -97,7 +97,7 @@ class LappedConfig:
     expansion: int = 3
     kernel_size: int = 7
     n_bands: int = 64  # mel bands that the encoder takes the envelope from
-    n_spectra: int = 1  # of each frame, one after the other: 4 where it lasts 20 ms and a consonant 5
+    n_spectra: int = 1  # of each frame, one after the other: 4 for frames of 20 ms: one every 5 ms, as short as a burst
 
 
 @dataclass(frozen=True)
@@ -697,9 +697,9 @@ def _validate_lapped_body(model: ModelConfig, name: str, where: str) -> None:
         raise ValueError(f"{at}.kernel_size={body.kernel_size}, expected an odd number")
     if body.hop_length % body.n_spectra:
         raise ValueError(f"{at}.n_spectra={body.n_spectra}, expected a divisor of hop_length={body.hop_length}")
-    if body.n_fft * body.n_spectra < body.hop_length or body.n_fft % 2:
-        raise ValueError(f"{at}.n_fft={body.n_fft}, expected an even number, at least {body.hop_length // body.n_spectra}, "
-                         "the samples between two spectra")  # fmt: skip
+    if body.n_fft * body.n_spectra < 2 * body.hop_length or body.n_fft % 2:
+        raise ValueError(f"{at}.n_fft={body.n_fft}, expected an even number, at least {2 * body.hop_length // body.n_spectra}, "
+                         "twice the samples between two spectra")  # fmt: skip
     shared = ("type", "window_length", "n_fft", "n_envelope", "n_spectra")
     if any(getattr(model.encoder, key, None) != getattr(model.decoder, key, None) for key in shared):
         raise ValueError(f"{where}: model.encoder and model.decoder are to be lapped both, with the same "

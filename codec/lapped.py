@@ -14,7 +14,7 @@ from codec.spectral import mel_filterbank
 LEAST_LEVEL = 1e-3  # of a frame, so that silence has a direction too
 LEAST_BAND = 0.1  # magnitude of a band that counts as silent: some -40 dB of a loud one in spectra of 480 samples
 LEAST_BIN = 1e-2  # likewise of one frequency
-ENVELOPE_POWER = 1 / 32  # of each number for the envelope; those for the waveform have about 2 together
+ENVELOPE_POWER = 1 / 32  # mean power a number for the envelope; those for the waveform have about 2 together
 
 
 class LappedEncoder(nn.Module):

@@ -139,7 +139,7 @@ SPECTRAL = [f"model.{part}={{type: spectral, n_fft: 1280, hop_length: 320, dim: 
 SECONDS = ["data.manifest=DATA/speech/manifest.jsonl", "data.segment_samples=10240", "data.batch_size=4",
            "data.segments_per_epoch=800", "optim.warmup_steps=30"]  # fmt: skip
 BASE = ["model.sample_rate=16000", *(f"model.{part}.{key}" for part in ("encoder", "decoder") for key in (
-    "hop_length=320", "window_length=480", "n_fft=1280")), "data.manifest=DATA/speech/manifest.jsonl"]  # fmt: skip
+    "hop_length=320", "window_length=480", "n_fft=320")), "data.manifest=DATA/speech/manifest.jsonl"]  # fmt: skip
 AMY = stand_ins("llm", "wavlm", "pitch", hidden_dim=512)
 HEALTHY = {  # config: what scales it to a core and 16 kHz; rates, losses and weights stay the recipe's
     "quickstart": [phases((100, NO_ADVERSARY), (150, {"optim.lr_d": 1e-3}))],
