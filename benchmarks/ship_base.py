@@ -17,6 +17,7 @@ from codec.card import n_weights, run_section
 from codec.checkpoint import find_checkpoint, load_state
 from codec.config import Config, parse_config
 from codec.convert import convert
+from codec.data import read_manifest
 from codec.files import write_atomically
 from codec.model import Codec
 from codec.pretrained import BASE
@@ -38,8 +39,9 @@ CARD = """# The model that comes with the package
 codebooks. It is what `codec encode`, `decode`, `reconstruct` and `Codec.from_pretrained()` use when nothing else is named, and
 what `configs/telugu_finetune.yaml` starts from.
 
-**What it cannot do.** It has heard {hours:.1f} hours of phrases, words, letters, prompts and the dialogues of games; no running
-speech, no music, no noise, no natural Telugu. {below}It looks ahead {ahead_ms:.0f} ms, so it is not for conversations.
+**What it cannot do.** It has heard {hours:.1f} hours, the last stage {last_hours:.1f}, of phrases, words, letters, prompts
+and the dialogues of games; no running speech, no music, no noise, no natural Telugu. {below}It looks ahead
+{ahead_ms:.0f} ms, so it is not for conversations.
 
 ## Measured
 
@@ -51,6 +53,7 @@ speaker are not independent. Short test sets cannot use every entry: half a minu
 ## Training
 
 ```bash
+make eval    # whose languages --wide asks for
 python benchmarks/base_speech.py data/wide/raw --wide
 python prepare_speaker_data.py data/wide/raw data/wide/speech --sample_rate 24000 --metadata data/wide/raw/metadata.csv \\
     --min_s 0.3 --no_balance
@@ -129,13 +132,14 @@ def main() -> None:
         convert(str(args.run), new, small=True)
         codec = Codec.from_pretrained(new)
         training = run_section(checkpoint)
-        manifest = Path(config_of(checkpoint).data.manifest)
+        manifest, rate = Path(config_of(checkpoint).data.manifest), codec.sample_rate
+        last_hours = sum(u.n_samples for u in read_manifest(manifest, "train", rate)) / rate / 3600
         hours = json.loads(manifest.with_name("stats.json").read_text())["splits"]["train"]["hours"]
         results = [json.loads((path / "results.json").read_text()) for path in args.evaluations]
         frames = codec.decoder.reach_frames / 2 + (codec.receptive_field_samples / 2) / codec.hop_length
         card = CARD.format(
-            parameters=n_weights(codec.state_dict()) / 1e6, hours=hours, below=args.below + " " * bool(args.below),
-            history=args.history + " " * bool(args.history),
+            parameters=n_weights(codec.state_dict()) / 1e6, hours=hours, last_hours=last_hours,
+            below=args.below + " " * bool(args.below), history=args.history + " " * bool(args.history),
             ahead_ms=1000 * frames / codec.frame_rate_hz, tables="\n\n".join(table(r) for r in results),
             minutes=trained_minutes(rows), step=step, training=training.replace("## ", "### "),
         )  # fmt: skip
