@@ -62,6 +62,10 @@ python train_codec_gan.py --config configs/base_cpu.yaml \\
     --set data.manifest=data/wide/speech/manifest.jsonl train.precision=bf16
 python train_codec_gan.py --config configs/base_cpu_finish.yaml \\
     --set data.manifest=data/wide/speech/clear.jsonl train.precision=bf16
+python train_codec_gan.py --config configs/base_cpu_finish.yaml --run_dir runs/base_cpu_last \\
+    --set data.manifest=data/wide/speech/clear.jsonl train.precision=bf16 train.init_from=runs/base_cpu_finish \\
+    train.refit_frames=0 train.seed=2 losses.mel_floor=3.0e-3 optim.lr_g=4.0e-4 optim.lr_d=5.0e-4 optim.warmup_steps=50 \\
+    optim.ema_decay=0.995 train.val_every=250 train.checkpoint_every=250 'phases=[{{name: last, steps: 700}}]'
 ```
 
 On 2 CPU cores with AMX; the last stage took {minutes:.0f} minutes for {step} updates. {history}Curves: `docs/base/`.
@@ -148,7 +152,7 @@ def main() -> None:
             BASE.rename(Path(folder) / "before")
         new.rename(BASE)
     (ROOT / "docs/base").mkdir(exist_ok=True)
-    write_atomically(ROOT / f"docs/base/{config_of(checkpoint).name}.svg", draw_curves(args.run))
+    write_atomically(ROOT / f"docs/base/{args.run.name}.svg", draw_curves(args.run))
     print(f"{BASE}: {sum(path.stat().st_size for path in BASE.iterdir()) / 1e6:.1f} MB, step {step}")
 
 
