@@ -3,7 +3,7 @@
     python benchmarks/mean_of_weights.py RUN EARLIER LATER SHARE OUT     # SHARE of the earlier one's, 0 to 1
 
 Everything else, discriminators too, is the later one's. For a run that leaves its codebooks as they are: entries of two
-different codebooks have no meaning between them. What it is for: docs/speedrun.md, "The mean and the last stage".
+different codebooks have no meaning between them. What it is for: docs/speedrun.md, "What counts as silent".
 `train.keep_last` says how many checkpoints a run keeps.
 """
 
