@@ -61,7 +61,7 @@ class Jury:
 
     @torch.no_grad()
     def hear(self, codec: Codes) -> dict[str, dict[str, float]]:
-        """Voice to means of all metrics, of `codec` on wavs [1, 1, T]; phoneme errors are of the phonemes of all its phrases."""
+        """Voice to means of all metrics, of `codec` on wavs [1, 1, T]; phoneme errors are of all its phrases together."""
         answers = defaultdict(lambda: defaultdict(list))
         for voice, wav, length, kept in self.cases:
             output = np.ascontiguousarray(resample_array(codec(wav)[0, 0].numpy(), RATE, 16000)[:length])
