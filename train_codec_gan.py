@@ -67,6 +67,7 @@ from codec.lapped import start_transform
 from codec.layers import Transformer
 from codec.losses import (
     Balancer,
+    BandLevelLoss,
     CompressedSpectralLoss,
     MelLoss,
     MultiScaleSpectralLoss,
@@ -103,6 +104,7 @@ class Training:
     mel_loss: MelLoss
     msspec_loss: MultiScaleSpectralLoss
     cspec_loss: CompressedSpectralLoss
+    bands_loss: BandLevelLoss
     balancer: Balancer | None
     averages: dict[str, Tensor]  # of the codec's parameters and codebooks, by name; empty without optim.ema_decay
 
@@ -219,6 +221,8 @@ def reconstruction_terms(wav: Tensor, wav_hat: Tensor, t: Training, config: Conf
         terms["msspec"] = t.msspec_loss(wav, wav_hat)
     if weights.cspec > 0:
         terms["cspec"] = t.cspec_loss(wav, wav_hat)
+    if weights.bands > 0:
+        terms["bands"] = t.bands_loss(wav, wav_hat)
     return terms
 
 
@@ -361,6 +365,9 @@ def build(config: Config, device: torch.device, teachers: Teachers | None = None
         MelLoss(config.model.sample_rate, losses.mel_windows, losses.mel_bins, losses.mel_floor).to(device),
         MultiScaleSpectralLoss(losses.msspec_windows, losses.msspec_log_weight).to(device),
         CompressedSpectralLoss(losses.cspec_windows, losses.cspec_power, losses.cspec_phase_share).to(device),
+        BandLevelLoss(
+            config.model.sample_rate, losses.bands_counts, losses.bands_frames, losses.bands_window, losses.bands_floor
+        ).to(device),
         Balancer(mean_over_ranks=distributed.mean_over_ranks) if losses.balancer else None,
         averages,
     )  # fmt: skip

@@ -205,6 +205,10 @@ class LossesConfig:
     cspec_windows: tuple[int, ...] = (512, 1024)
     cspec_power: float = 0.3  # that compresses its magnitudes
     cspec_phase_share: float = 0.5  # of it that hears phases too
+    bands_counts: tuple[int, ...] = (40, 20)  # mel bands of each scale
+    bands_frames: tuple[int, ...] = (3, 7)  # over which each averages the power
+    bands_window: int = 512
+    bands_floor: float = 4.33e-3  # as mel_floor, of the RMS of noise
     msspec_log_weight: Literal["sqrt", "one"] = "sqrt"  # of the log term: the root of half the window, or 1 (EnCodec)
     balancer: bool = False  # weights become shares of the gradient at the output; vq stays outside
 
@@ -240,6 +244,7 @@ class LossWeights:
     mel: float = 0.0
     msspec: float = 0.0
     cspec: float = 0.0
+    bands: float = 0.0
     commit: float = 0.0
     codebook: float = 0.0
     llm: float = 0.0
@@ -595,7 +600,8 @@ MODEL_LIMITS = [  # keys under model
     ("quantizer.kmeans_frames", 1, None), ("quantizer.beam", 1, 1024),
 ]  # fmt: skip
 LIMITS = [
-    ("losses.mel_floor", 1e-12, None), ("losses.cspec_power", 0, 1), ("losses.cspec_phase_share", 0, 1),
+    ("losses.mel_floor", 1e-12, None), ("losses.bands_floor", 1e-12, None), ("losses.bands_window", 4, None),
+    ("losses.cspec_power", 0, 1), ("losses.cspec_phase_share", 0, 1),
     ("optim.lr_g", 0, None), ("optim.lr_d", 0, None),
     ("optim.weight_decay", 0, None), ("optim.gamma", 0, 1), ("optim.min_lr_ratio", 0, 1),
     ("optim.ema_decay", 0, 1), ("optim.warmup_steps", 0, None),
@@ -768,9 +774,15 @@ def _validate_shapes(config: Config, where: str) -> None:
     if len(losses.mel_windows) != len(losses.mel_bins):
         raise ValueError(f"{where}: losses.mel_windows has {len(losses.mel_windows)} items, losses.mel_bins "
                          f"{len(losses.mel_bins)}; they go in pairs")  # fmt: skip
+    if len(losses.bands_counts) != len(losses.bands_frames) or min((*losses.bands_counts, *losses.bands_frames), default=0) < 1:
+        raise ValueError(f"{where}: losses.bands_counts={[*losses.bands_counts]} and losses.bands_frames="
+                         f"{[*losses.bands_frames]}, expected numbers of at least 1, in pairs")  # fmt: skip
     windows = [("losses.mel_windows", losses.mel_windows), ("losses.msspec_windows", losses.msspec_windows)]
     if config.loss_weights.cspec or any("loss_weights.cspec" in phase.set for phase in config.phases):
         windows.append(("losses.cspec_windows", losses.cspec_windows))
+    if config.loss_weights.bands or any("loss_weights.bands" in phase.set for phase in config.phases):
+        spans = [losses.bands_window // 4 * n_frames for n_frames in losses.bands_frames]
+        windows += [("losses.bands_window", (losses.bands_window,)), ("losses.bands_frames in samples", spans)]
     windows += [(f"discriminators.sets.{i}.windows", getattr(member, "windows", ()))
                 for i, member in enumerate(config.discriminators.sets)]  # fmt: skip
     for key, sizes in windows:

@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-TERMS = ("adv", "feat", "wave", "scale", "mel", "msspec", "cspec", "commit", "codebook", "llm", "wavlm", "pitch")
+TERMS = ("adv", "feat", "wave", "scale", "mel", "msspec", "cspec", "bands", "commit", "codebook", "llm", "wavlm", "pitch")
+SIGNAL_TERMS = ("mel", "msspec", "cspec", "bands", "wave")  # any of them alone teaches a codec to speak
 LEVELS = range(64)  # codebooks that have names here
 KNOWN = frozenset(
     [f"train/{name}" for name in (
@@ -61,6 +62,7 @@ RANGES = [
     Range("val/amplitude_ratio", (0.95, 1.05), ((0.5, 0.95), (1.05, 1.5)), "level of the output over the input's", True),
 ]  # fmt: skip
 TOLD = {"train/mel": "distance of mel spectra, the loss", "train/cspec": "distance of compressed spectra",
+        "train/bands": "distance of levels, averaged in time",
         "val/mel": "distance of mel spectra, dB: the fixed measure",
         "val/snr_db": "power over error; bounded by the bitrate", "train/recon": "reconstruction",
         "train/vq": "quantizer: commitment and codebook",
@@ -362,7 +364,7 @@ def discriminator_fooled(h: History) -> Finding | None:
 def nothing_heard(h: History) -> Finding | None:
     """Fatal from scratch; a codec that speaks already may be tuned so, and is watched."""
     weights = {name: h.last(f"train/weight_{name}") for name in TERMS}
-    if not (weights["adv"] > 0 or weights["feat"] > 0) or any(weights[name] > 0 for name in ("wave", "mel", "msspec", "cspec")):
+    if not (weights["adv"] > 0 or weights["feat"] > 0) or any(weights[name] > 0 for name in SIGNAL_TERMS):
         return None
     mel = h.values("val/mel", h.phase_start)
     fresh = not h.last("train/phase", 0) and not h.last("train/from_weights", 0)
@@ -381,7 +383,7 @@ def stuck_teacher(h: History) -> Finding | None:
         return found(9, f"wavlm {loss[-1]:.3g}: alignment of codebooks 0+1 fails, similarity {1 - loss[-1]:.2f}", 0.8) if (
             len(loss) and loss[-1] > 0.5) else None  # fmt: skip
     asked = h.recent("train/grad_wavlm_to_1")
-    heard = ("wave", "scale", "mel", "msspec", "cspec", "adv", "feat", "balanced")
+    heard = (*SIGNAL_TERMS, "scale", "adv", "feat", "balanced")
     others = [h.recent(f"train/grad_{name}_to_1") for name in heard]
     share = ratio(float(np.nansum(others)), asked)
     if len(gains) >= 3 and gains[-1] < 0.2 and gains[-1] - gains[len(gains) // 2] < 0.02 and share > 10:
@@ -418,7 +420,7 @@ def false_mel(h: History) -> Finding | None:
 def diverges(h: History) -> Finding | None:
     """By what compares signals; by loss_g where no adversary moves it."""
     adversarial = len(h.values("train/adv_g", h.phase_start))
-    for name in (*["train/loss_g"] * (not adversarial), "train/mel", "train/msspec", "train/cspec", "train/wave"):
+    for name in (*["train/loss_g"] * (not adversarial), *(f"train/{term}" for term in SIGNAL_TERMS)):
         loss, heard = h.values(name, h.phase_start), h.values("val/mel", h.phase_start)
         if len(loss) < 9:
             continue

@@ -38,7 +38,7 @@ WARMUP_STEPS = 2  # of a phase: kernels are chosen, memory is reserved
 READ_AHEAD = 4  # batches a worker of the loader holds ready, at the first of which no step waits
 TIMED_S, TIMED_STEPS = 5.0, 50  # steps are timed for so long, or so many of them
 # scale pulls by the level's error alone; new discriminators know nothing yet
-AT_STEP_0 = ("wave", "mel", "msspec", "cspec", "feat")
+AT_STEP_0 = ("wave", "mel", "msspec", "cspec", "bands", "feat")
 
 
 class Published(NamedTuple):
@@ -433,9 +433,9 @@ def check_config(config: Config, grads: dict[str, float], phase: int = 0) -> lis
             f"commitment pulls {grads['z_commit'] / max(grads['z_signal'], 1e-12):.2g} times as hard at the latents as all "
             "signal terms: output fades to silence that is easy to code",
             f"loss_weights.commit={weights.commit * grads['z_signal'] / grads['z_commit']:.2g}"))
-    if fresh and weights.adversarial and not (weights.mel or weights.msspec or weights.cspec or weights.wave):
-        checks.append(Check("config", "warning", "adversarial from the first step without mel, msspec, cspec or wave: nothing "
-                            "for a long time (Mimi took 4M updates)",
+    if fresh and weights.adversarial and not any((weights.mel, weights.msspec, weights.cspec, weights.bands, weights.wave)):
+        checks.append(Check("config", "warning", "adversarial from the first step without mel, msspec, cspec, bands or wave: "
+                            "nothing for a long time (Mimi took 4M updates)",
                             "a first phase with loss_weights.mel or msspec, or train.init_from"))
     if factorized and not weights.codebook and not config.train.freeze:
         checks.append(Check("config", "stop", "loss_weights.codebook=0: factorized codebooks would never learn",

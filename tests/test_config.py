@@ -43,6 +43,8 @@ def test_every_shipped_config_is_valid_builds_and_survives_a_round_trip(path):
         ("data.speeds=[1.0,0.3]", "data.speeds=[1.0, 0.3], expected numbers from 0.5 to 2 with two digits, as 0.95"),
         ("data.speeds=[0.955]", "with two digits"),
         ("losses.mel_bins=[10]", "they go in pairs"),
+        ("losses.bands_counts=[40]", "losses.bands_frames=[3, 7], expected numbers of at least 1, in pairs"),
+        ("losses.bands_frames=[3, 0]", "losses.bands_frames=[3, 0], expected numbers of at least 1, in pairs"),
         ("nonsense", "expected key=value"),
         ("model.encoder.type=[conv]", "expected conv | spectral | lapped"),
         (LAPPED.format(41, 40, 80), "expected even numbers, window_length above hop_length and at most twice as long"),
@@ -81,6 +83,12 @@ def test_a_bad_value_is_one_line_that_names_the_key_and_the_mend(override, said)
     with pytest.raises(ValueError) as error:
         tiny_config([override])
     assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_levels_are_not_averaged_over_more_than_a_segment():
+    said = r"losses.bands_frames in samples=\[384, 2560\], but a segment has 2000 samples"
+    with pytest.raises(ValueError, match=said):
+        tiny_config(["loss_weights.bands=1.0", "losses.bands_frames=[3, 20]"])
 
 
 def test_a_missing_key_and_a_key_given_twice_are_named():

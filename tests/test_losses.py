@@ -10,6 +10,7 @@ from conftest import speech_like, tiny_config
 from codec.config import phase_config
 from codec.losses import (
     Balancer,
+    BandLevelLoss,
     CompressedSpectralLoss,
     MelLoss,
     MultiScaleSpectralLoss,
@@ -248,17 +249,42 @@ def test_compression_hears_an_error_in_the_quiet_band_that_samples_hardly_do():
     assert compressed(wav, without_quiet) / compressed(wav, loud_off) > 10
 
 
-LOSSES = [MelLoss(16000, (64, 1024), (10, 80)), MultiScaleSpectralLoss(), CompressedSpectralLoss()]
+def test_bands_matches_numpy(noise):
+    wav, wav_hat = noise
+    window, total = np.hanning(257)[:-1], 0.0
+    for n_bands, n_frames in ((20, 3), (10, 5)):
+        filters = mel_filterbank(16000, 256, n_bands).double().numpy()
+        levels = []
+        for x in (wav, wav_hat):
+            padded = np.pad(x.numpy()[:, 0].astype(np.float64), ((0, 0), (128, 128)), mode="reflect")
+            frames = np.lib.stride_tricks.sliding_window_view(padded, 256, axis=1)[:, ::64]
+            power = np.abs(np.fft.rfft(frames * window)) ** 2 / (window**2).sum() @ (filters / filters.sum(0))
+            means = np.lib.stride_tricks.sliding_window_view(power, n_frames, axis=1)[:, :: n_frames // 2].mean(-1)
+            levels.append(np.log10(np.sqrt(means + 0.01**2)))
+        total += np.abs(levels[0] - levels[1]).mean()
+    assert BandLevelLoss(16000, (20, 10), (3, 5), 256, 0.01)(wav, wav_hat).item() == pytest.approx(total, rel=1e-3)
 
 
-@pytest.mark.parametrize("loss", LOSSES, ids=["mel", "ms", "c"])
+def test_of_noise_bands_hears_how_loud_it_is_where_mel_hears_chance():
+    """Known wrong: the logarithm before the average, which charges for what each frame happens to hold."""
+    wav, other = 0.1 * torch.randn(2, 1, 1, 48000, generator=torch.Generator().manual_seed(0))
+    bands, mel = BandLevelLoss(24000), MelLoss(24000, (512,), (100,), 1e-3)
+    log_first = BandLevelLoss(24000, n_frames=(1, 1))
+    (of_bands, of_mel, of_log_first) = (loss(wav, 0.7 * other) / loss(wav, other) for loss in (bands, mel, log_first))
+    assert of_bands > 1.9 and of_mel < 1.3 and of_log_first < 1.6
+
+
+LOSSES = [MelLoss(16000, (64, 1024), (10, 80)), MultiScaleSpectralLoss(), CompressedSpectralLoss(), BandLevelLoss(16000)]
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=["mel", "ms", "c", "bands"])
 def test_spectral_losses_are_zero_for_equal_sounds_and_grow_with_the_error(loss, noise):
     wav, other = noise
     values = [loss(wav, wav + share * other).item() for share in (0.0, 0.1, 0.3, 1.0)]
     assert values[0] == 0 and values == sorted(values)
 
 
-@pytest.mark.parametrize("loss", LOSSES, ids=["mel", "ms", "c"])
+@pytest.mark.parametrize("loss", LOSSES, ids=["mel", "ms", "c", "bands"])
 def test_spectral_losses_have_finite_gradients_in_silence_and_leave_the_target_alone(loss, noise):
     target = noise[0].clone().requires_grad_()
     silence = torch.zeros_like(target).requires_grad_()
@@ -266,7 +292,7 @@ def test_spectral_losses_have_finite_gradients_in_silence_and_leave_the_target_a
     assert silence.grad.isfinite().all() and target.grad is None
 
 
-@pytest.mark.parametrize("loss", LOSSES, ids=["mel", "ms", "c"])
+@pytest.mark.parametrize("loss", LOSSES, ids=["mel", "ms", "c", "bands"])
 def test_spectral_losses_are_the_same_under_autocast(loss, noise):
     with torch.autocast("cpu", torch.bfloat16):
         inside = loss(*noise)

@@ -183,6 +183,7 @@ def test_training_on_one_batch_lowers_the_losses():
 @pytest.mark.parametrize("overrides", [["train.precision=bf16"], ["losses.balancer=true"],
                                        ["losses.adversarial=least_squares"], ["losses.feat_relative=true"],
                                        ["loss_weights.msspec=1.0", "loss_weights.scale=1.0"],
+                                       ["loss_weights.bands=1.0", "losses.bands_window=128"],
                                        ["discriminators.normalize_input=true"]], ids=lambda o: o[0])  # fmt: skip
 def test_every_option_of_the_step_trains(overrides):
     config, t = adversarial(overrides)
