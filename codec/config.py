@@ -677,9 +677,9 @@ def validate_model(model: ModelConfig, where: str) -> None:
             _validate_conv_body(model, name, where)
         elif body.type == "lapped":
             _validate_lapped_body(model, name, where)
-        elif not 0 < body.hop_length <= body.n_fft or body.n_fft % 2 or not body.kernel_size % 2:
+        elif not 0 < body.hop_length < body.n_fft or body.n_fft % 2 or not body.kernel_size % 2:
             raise ValueError(f"{where}: model.{name} has n_fft {body.n_fft}, hop_length {body.hop_length}, kernel_size "
-                             f"{body.kernel_size}; expected an even n_fft at least hop_length, and an odd kernel_size")
+                             f"{body.kernel_size}; expected an even n_fft above hop_length, and an odd kernel_size")
     if model.decoder.hop_length != model.encoder.hop_length:
         raise ValueError(f"{where}: model.decoder has hop_length {model.decoder.hop_length}, model.encoder "
                          f"{model.encoder.hop_length}; make them equal")  # fmt: skip
