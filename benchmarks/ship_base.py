@@ -64,8 +64,9 @@ python train_codec_gan.py --config configs/base_cpu_finish.yaml \\
     --set data.manifest=data/wide/speech/clear.jsonl train.precision=bf16
 python train_codec_gan.py --config configs/base_cpu_finish.yaml --run_dir runs/base_cpu_last \\
     --set data.manifest=data/wide/speech/clear.jsonl train.precision=bf16 train.init_from=runs/base_cpu_finish \\
-    train.refit_frames=0 train.seed=2 losses.mel_floor=3.0e-3 optim.lr_g=4.0e-4 optim.lr_d=5.0e-4 optim.warmup_steps=50 \\
-    optim.ema_decay=0.995 train.val_every=250 train.checkpoint_every=250 'phases=[{{name: last, steps: 700}}]'
+    train.refit_frames=0 train.seed=2 loss_weights.adv=0.2 loss_weights.feat=0.8 optim.lr_g=4.0e-4 optim.lr_d=5.0e-4 \\
+    optim.warmup_steps=50 optim.ema_decay=0.995 train.val_every=250 train.checkpoint_every=250 \\
+    'phases=[{{name: last, steps: 700}}]'
 ```
 
 On 2 CPU cores with AMX; the last stage took {minutes:.0f} minutes for {step} updates. {history}Curves: `docs/base/`.
