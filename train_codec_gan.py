@@ -558,7 +558,7 @@ def look_before(config: Config, segments: DistilledSegments, val_segments: Disti
     val = [] if val_segments.segments.utterances is train_utterances else val_segments.segments.utterances
     test = read_manifest(config.data.manifest, "test", sample_rate)
     pieces, _ = preflight.read_pieces(train_utterances, sample_rate, max_s / 2)
-    return [*preflight.check_data(train_utterances, val, test, sample_rate, max_s),
+    return [*preflight.check_data(train_utterances, val, test, sample_rate, max_s, config.model.level_db),
             *preflight.check_arithmetic(config, train_utterances, [wav for _, wav in pieces])]  # fmt: skip
 
 

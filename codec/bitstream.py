@@ -1,7 +1,7 @@
 """The codec file: magic, version, JSON header, bit-packed codes, CRC-32. No pickle.
 
     4 bytes   magic "NSCF"
-    2 bytes   version, little endian
+    2 bytes   version, little endian: 1, or 2 where the header has a gain
     4 bytes   length of the header, little endian
     header    JSON object, the fields of CodecFileHeader
     payload   codes, frame after frame and within a frame codebook after codebook, each in ceil(log2 K) bits,
@@ -27,7 +27,7 @@ from torch import Tensor
 from codec.files import write_atomically
 
 MAGIC = b"NSCF"
-VERSION = 1
+VERSION = 2
 PREFIX = struct.Struct("<4sHI")
 CRC = struct.Struct("<I")
 MAX_HEADER_BYTES = 64 * 1024
@@ -46,6 +46,7 @@ class CodecFileHeader:
         codebook_size: entries each, K, from 2 to 2**24.
         n_frames: T'.
         model_id: hex string that names the codebooks the codes point into.
+        gain: what the audio was multiplied by before it was coded.
     """
 
     sample_rate: int
@@ -55,6 +56,7 @@ class CodecFileHeader:
     codebook_size: int
     n_frames: int
     model_id: str
+    gain: float = 1.0
 
     @property
     def payload_bytes(self) -> int:
@@ -132,8 +134,12 @@ def write_codes(path: str | Path, codes: Tensor, header: CodecFileHeader) -> Non
     low, high = values.min(), values.max()
     if low < 0 or high >= header.codebook_size:
         raise ValueError(f"{where}: codes from {low} to {high}, expected 0 to {header.codebook_size - 1}")
-    text = json.dumps(asdict(header), separators=(",", ":")).encode()
-    body = PREFIX.pack(MAGIC, VERSION, len(text)) + text
+    values_of_header = asdict(header)
+    version = VERSION if header.gain != 1 else 1
+    if version == 1:
+        del values_of_header["gain"]  # so that older programs read it
+    text = json.dumps(values_of_header, separators=(",", ":")).encode()
+    body = PREFIX.pack(MAGIC, version, len(text)) + text
     body += pack_bits(values, code_bits(header.codebook_size)).tobytes()
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, body + CRC.pack(zlib.crc32(body)))
@@ -191,8 +197,8 @@ def _read_header(where: str, file: BinaryIO) -> tuple[CodecFileHeader, int]:
     _, version, n_bytes = PREFIX.unpack(prefix)
     if version > VERSION:
         raise ValueError(f"{where}: written by version {version}, this is version {VERSION}; update")
-    if version != VERSION:
-        raise ValueError(f"{where}: damaged: version {version}, expected {VERSION}")
+    if version < 1:
+        raise ValueError(f"{where}: damaged: version {version}, expected 1 to {VERSION}")
     if n_bytes > MAX_HEADER_BYTES:
         raise ValueError(f"{where}: header of {n_bytes} bytes, expected at most {MAX_HEADER_BYTES}")
     text = file.read(n_bytes)
@@ -202,7 +208,7 @@ def _read_header(where: str, file: BinaryIO) -> tuple[CodecFileHeader, int]:
         values = json.loads(text)
     except (ValueError, RecursionError):
         raise ValueError(f"{where}: damaged: the header is not JSON") from None
-    header = _check_header(where, values)
+    header = _check_header(where, {"gain": 1.0, **values} if version == 1 and isinstance(values, dict) else values)
     expected = PREFIX.size + n_bytes + header.payload_bytes + CRC.size
     if size != expected:
         what = "truncated" if size < expected else "bytes after its end"
@@ -216,7 +222,7 @@ def _check_header(where: str, values: object) -> CodecFileHeader:
     if not isinstance(values, dict) or sorted(values) != sorted(names):
         raise ValueError(f"{where}: damaged: the header's fields are not exactly {', '.join(names)}")
     header = CodecFileHeader(**values)
-    for name in names[:-1]:
+    for name in names[:-2]:
         value = values[name]
         if type(value) is not int or not 0 < value < 2**63:
             raise ValueError(f"{where}: header {name}={str(value)[:40]!r}, expected a positive integer")
@@ -225,6 +231,8 @@ def _check_header(where: str, values: object) -> CodecFileHeader:
         raise ValueError(f"{where}: header codebook_size={size}, expected 2 to {2**MAX_CODE_BITS}")
     if not isinstance(model_id, str) or not re.fullmatch("[0-9a-f]{1,64}", model_id):
         raise ValueError(f"{where}: header model_id={str(model_id)[:40]!r}, expected 1 to 64 hex digits")
+    if type(header.gain) not in (int, float) or not 1e-6 < header.gain < 1e6:
+        raise ValueError(f"{where}: header gain={str(header.gain)[:40]!r}, expected a number from 1e-6 to 1e6")
     if header.n_samples > header.n_frames * header.hop_length:
         raise ValueError(
             f"{where}: header n_samples={header.n_samples}, expected at most "

@@ -17,8 +17,9 @@ from codec.model import Codec
 
 codec = Codec.from_pretrained("FOLDER_OR_HUB_ID")
 wav = load_audio("in.wav", codec.sample_rate)[None]    # [1, 1, T]
-codes = codec.encode_long(wav)                         # [1, N, T']
-wav_hat = codec.decode_long(codes, wav.shape[-1])'''
+gain = codec.gain(wav)                                 # to the level it was trained on
+codes = codec.encode_long(gain * wav)                  # [1, N, T']
+wav_hat = codec.decode_long(codes, wav.shape[-1]) / gain'''
 
 USE_TRANSFORMERS = '''from transformers import AutoFeatureExtractor, AutoModel
 

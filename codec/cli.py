@@ -35,7 +35,8 @@ def encode(options: argparse.Namespace) -> None:
     """Audio file to codec file."""
     codec = _load(options)
     wav = load_audio(options.input, codec.sample_rate)
-    codes = codec.encode_long(wav[None].to(options.device), _n_codebooks(options, codec))[0]
+    gain = codec.gain(wav[None])
+    codes = codec.encode_long((gain * wav).to(options.device), _n_codebooks(options, codec))[0]
     header = CodecFileHeader(
         sample_rate=codec.sample_rate,
         hop_length=codec.hop_length,
@@ -44,6 +45,7 @@ def encode(options: argparse.Namespace) -> None:
         codebook_size=codec.codebook_size,
         n_frames=codes.shape[1],
         model_id=codec.model_id,
+        gain=round(gain.item(), 4),
     )
     write_codes(options.output, codes, header)
     print(f"{options.output}: {_rate_line(options.output, header)}")
@@ -62,7 +64,7 @@ def decode(options: argparse.Namespace) -> None:
         if getattr(header, name) > limit:
             raise ValueError(f"{options.input}: {name}={getattr(header, name)}, the model has {limit}")
     wav_hat = codec.decode_long(codes[None].to(options.device), header.n_samples)[0]
-    save_audio(options.output, wav_hat, codec.sample_rate)
+    save_audio(options.output, wav_hat / header.gain, codec.sample_rate)
     print(f"{options.output}: {wav_hat.shape[-1] / codec.sample_rate:.2f} s at {codec.sample_rate} Hz")
 
 
@@ -71,8 +73,9 @@ def reconstruct(options: argparse.Namespace) -> None:
     codec = _load(options)
     n_codebooks = _n_codebooks(options, codec)
     wav = load_audio(options.input, codec.sample_rate)
-    codes = codec.encode_long(wav[None].to(options.device), n_codebooks)
-    save_audio(options.output, codec.decode_long(codes, wav.shape[-1])[0], codec.sample_rate)
+    gain = codec.gain(wav[None])
+    codes = codec.encode_long((gain * wav).to(options.device), n_codebooks)
+    save_audio(options.output, codec.decode_long(codes, wav.shape[-1])[0] / gain[0].to(options.device), codec.sample_rate)
     seconds, kbps = wav.shape[-1] / codec.sample_rate, _kbps(codec, n_codebooks)
     print(f"{options.output}: {seconds:.2f} s at {codec.sample_rate} Hz, {kbps:.2f} kbps")
 
@@ -102,6 +105,7 @@ def _file_lines(path: Path) -> dict[str, str]:
         "frame rate": f"{header.sample_rate / header.hop_length:g} Hz (hop length {header.hop_length})",
         "codebooks": f"{header.n_codebooks} x {header.codebook_size} entries",
         "frames": str(header.n_frames),
+        "gain": f"{20 * math.log10(header.gain):+.1f} dB before coding",
         "content": _rate_line(path, header),
     }
 

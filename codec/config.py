@@ -149,6 +149,7 @@ class ModelConfig:
     quantizer: EMAQuantizerConfig | FactorizedQuantizerConfig
     decoder: ConvDecoderConfig | SpectralConfig | LappedConfig
     pad_input: bool = True  # zeros to whole frames before the encoder; False: every strided layer pads what it gets
+    level_db: float | None = None  # RMS of the speech it trains on; `Codec.gain` brings recordings to it. None: as they are
 
 
 # -------------------------------------------------------------------- discriminators
@@ -439,16 +440,16 @@ def disc_warmup(config: Config, n_steps: int) -> range:
     return range(0)
 
 
-# How a quantizer is trained and searched, not what it is: these may differ from those of the weights a run starts from.
-QUANTIZER_TRAINING = [f"model.quantizer.{key}" for key in
-                      ("decay", "semantic_decay", "semantic_layer_scale", "semantic_gradient", "semantic_to_encoder",
-                       "dead_threshold", "kmeans_frames", "dropout", "dropout_counts", "bypass", "beam")]  # fmt: skip
+# How a model is trained and used, not what it is: these may differ from those of the weights a run starts from.
+NOT_OF_WEIGHTS = ["model.level_db", *(f"model.quantizer.{key}" for key in
+                  ("decay", "semantic_decay", "semantic_layer_scale", "semantic_gradient", "semantic_to_encoder",
+                   "dead_threshold", "kmeans_frames", "dropout", "dropout_counts", "bypass", "beam"))]  # fmt: skip
 
 
 def model_differences(there: ModelConfig, here: ModelConfig) -> list[str]:
     """What keeps the weights of one model from fitting the other: `model.encoder.causal: true there, false here`."""
     a, b = _flat(to_dict(there), "model"), _flat(to_dict(here), "model")
-    keys = [key for key in a | b if key not in QUANTIZER_TRAINING and a.get(key) != b.get(key)]
+    keys = [key for key in a | b if key not in NOT_OF_WEIGHTS and a.get(key) != b.get(key)]
     return [f"{key}: {json.dumps(a.get(key))} there, {json.dumps(b.get(key))} here" for key in keys]
 
 
@@ -547,7 +548,7 @@ def _convert(hint: Any, value: Any, where: str, key: str) -> Any:
         kinds = tuple(kind for kind in args if kind is not type(None))
         if value is None and len(kinds) < len(args):
             return None
-        return _build(kinds[0] if len(kinds) == 1 else _variant(kinds, value, where, key), value, where, key + ".")
+        return _convert(kinds[0] if len(kinds) == 1 else _variant(kinds, value, where, key), value, where, key)
     if origin is Literal and value in args:
         return value
     if origin is tuple and isinstance(value, list):
@@ -583,7 +584,7 @@ def _variant(kinds: tuple[type, ...], value: Any, where: str, key: str) -> type:
 
 # Key, lowest and highest value allowed (None: no limit). Sections that a config does not have are passed over.
 MODEL_LIMITS = [  # keys under model
-    ("sample_rate", 1, None), ("latent_dim", 1, None), ("encoder.encoder_dim", 1, None),
+    ("sample_rate", 1, None), ("latent_dim", 1, None), ("level_db", -60, 0), ("encoder.encoder_dim", 1, None),
     ("decoder.decoder_dim", 1, None), ("quantizer.n_codebooks", 1, 1024),
     *[(f"{body}.{key}", low, high) for body in ("encoder", "decoder") for key, low, high in [
         ("last_kernel_size", 1, None), ("residual_kernel_size", 1, None), ("residual_compress", 1, None),

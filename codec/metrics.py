@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from codec.audio import resample
@@ -50,6 +51,19 @@ def _power_ratio_db(signal: Tensor, error: Tensor, reference: Tensor) -> Tensor:
     """[B] power of signal over error, NaN where the reference has none."""
     ratio = signal.square().sum((1, 2)) / error.square().sum((1, 2))
     return torch.where(reference.square().sum((1, 2)) > 0, 10 * ratio.log10(), torch.nan)
+
+
+@torch.no_grad()
+def speech_level_db(wav: Tensor, sample_rate: int) -> Tensor:
+    """RMS of recordings [B, 1, T] without their pauses, dB relative to 1.0 [B], not below -120.
+
+    Of the blocks of 0.4 s, each 0.1 s after the one before, that are not 10 dB below the mean of all: the gate of ITU-R
+    BS.1770-5, whose weighting of frequencies is left out, as `prepare_speaker_data.py` has none either.
+    """
+    block = min(round(0.4 * sample_rate), wav.shape[-1])
+    power = F.avg_pool1d(wav.float().square(), block, max(block // 4, 1))
+    loud = power >= 0.1 * power.mean(-1, keepdim=True)
+    return 10 * ((power * loud).sum(-1) / loud.sum(-1)).clamp(min=1e-12).log10()[:, 0]
 
 
 @torch.no_grad()

@@ -16,8 +16,11 @@ from codec.config import ModelConfig
 from codec.decoder import build_decoder
 from codec.encoder import build_encoder
 from codec.layers import remove_weight_norm
+from codec.metrics import speech_level_db
 from codec.pretrained import BASE, read_model, resolve, with_weight_norm, write_pretrained
 from codec.rvq import QuantizerOutput, build_quantizer
+
+MOST_GAIN_DB = 40.0
 
 
 class CodecOutput(NamedTuple):
@@ -104,6 +107,17 @@ class Codec(nn.Module):
             quantized = self.quantizer(z.float(), n_codebooks)
         wav_hat = self.decoder(quantized.z_q)[..., : wav.shape[-1]]
         return CodecOutput(wav_hat.float(), z, quantized)
+
+    def gain(self, wav: Tensor) -> Tensor:
+        """What brings recordings wav [B, 1, T] to the level that the model was trained on [B, 1, 1], all ones without one.
+
+        A model that has heard one level only codes others badly: encode `gain * wav`, divide what is decoded by it. The
+        `codec` command and `evaluate_codec.py` do so. One gain a recording, as in DAC's `compress` (Kumar et al. 2023).
+        """
+        if self.config.level_db is None:
+            return wav.new_ones(len(wav), 1, 1)
+        gain_db = self.config.level_db - speech_level_db(wav, self.sample_rate)
+        return (10 ** (gain_db.clamp(-MOST_GAIN_DB, MOST_GAIN_DB) / 20)).round(decimals=4).to(wav)[:, None, None]
 
     def encode(self, wav: Tensor, n_codebooks: int | None = None) -> Tensor:
         """wav [B, 1, T], all items of the same length, to codes [B, N, ceil(T / hop_length)]."""

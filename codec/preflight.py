@@ -26,6 +26,7 @@ PIECE_S = 3.0  # of the pieces in which audio is looked at
 COMPARED_S = 0.05  # from the middle of utterances of equal length, to find copies
 SILENT_DB = -40.0  # relative to the median level of the pieces
 SILENT_FRAME_S = 0.02
+LEVEL_OFF_DB = 4.0  # from model.level_db; 6 dB below it PESQ-WB of the package's model is 2.14, not 2.33
 DC_SHIFT, DC_SHIFT_OF_RMS = 1e-3, 0.05  # as in prepare_speaker_data.py
 CLIPPED_SHARE = 1e-4
 QUIET = 0.01  # peaks below this are flat from being rounded to 16 bits
@@ -83,7 +84,8 @@ def judge(area: str, bad: bool, message: str, mend: str, level: str = "warning")
 
 
 def check_data(
-    train: list[Utterance], val: list[Utterance], test: list[Utterance], sample_rate: int, max_seconds_read: float
+    train: list[Utterance], val: list[Utterance], test: list[Utterance], sample_rate: int, max_seconds_read: float,
+    level_db: float | None = None,
 ) -> list[Check]:
     """Amount, signal, copies and leakage of the data.
 
@@ -92,6 +94,7 @@ def check_data(
         sample_rate: Hz, of all of them.
         max_seconds_read: of audio, half of it to look at the signal and half to find copies; what looks like one is
             then compared over a second more.
+        level_db: `model.level_db`, to which recordings will be brought before they are coded.
     Returns:
         The headline first. An unreadable file is a check, not an error.
     """
@@ -117,7 +120,8 @@ def check_data(
         checks.append(Check("data", "warning" if len(trouble) < len(pieces) / 100 else "stop",
                             f"{len(trouble)} of {len(pieces) + len(trouble)} places cannot be read: {trouble[0]}",
                             "prepare the data again; training puts silence in their place"))  # fmt: skip
-    return checks + check_signal(pieces, sample_rate) + check_copies(train, val, test, sample_rate, max_seconds_read / 2)
+    return checks + check_signal(pieces, sample_rate, level_db) + check_copies(
+        train, val, test, sample_rate, max_seconds_read / 2)  # fmt: skip
 
 
 def read_pieces(
@@ -154,7 +158,7 @@ def read_pieces(
     return pieces, trouble
 
 
-def check_signal(pieces: list[tuple[Utterance, np.ndarray]], sample_rate: int) -> list[Check]:
+def check_signal(pieces: list[tuple[Utterance, np.ndarray]], sample_rate: int, level_db: float | None) -> list[Check]:
     """Level, silence, DC, clipping and bandwidth of a sample of the audio."""
     levels = np.array([rms_db(wav) for _, wav in pieces])
     if not pieces or np.median(levels) < -90:
@@ -171,10 +175,15 @@ def check_signal(pieces: list[tuple[Utterance, np.ndarray]], sample_rate: int) -
     narrow = [item for item in widths if item[0] < NARROW * sample_rate / 2]
     usual_khz = float(np.median([width for width, _ in widths])) / 1000
     again = "prepare_speaker_data.py "
+    level = f"level {median:.1f} dB RMS, 9 of 10 pieces from {low:.1f} to {high:.1f}"
+    if level_db is not None and abs(median - level_db) > LEVEL_OFF_DB:
+        loudness = Check("data", "warning", f"{level}; recordings to be coded will be brought to model.level_db={level_db:g}",
+                         f"{again}--target_db {level_db:g}, or model.level_db={median:.1f}")  # fmt: skip
+    else:
+        loudness = judge("data", not -30 < median < -8 or high - low > 20, level,
+                         again + "brings every utterance to --target_db -16")  # fmt: skip
     return [
-        judge("data", not -30 < median < -8 or high - low > 20,
-              f"level {median:.1f} dB RMS, 9 of 10 pieces from {low:.1f} to {high:.1f}",
-              again + "brings every utterance to --target_db -16"),
+        loudness,
         judge("data", silent.mean() > 0.4, f"silent {share(silent.mean())} of the time ({-SILENT_DB:.0f} dB below the level)",
               again + "cuts silence out"),
         judge("data", len(shifted) > FEW * len(heard), f"DC offset in {share(len(shifted) / len(heard))} of the pieces, "

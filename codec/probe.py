@@ -527,6 +527,8 @@ def _swap_files(codec: Codec, options: argparse.Namespace) -> None:
     if not codebooks:
         raise ValueError(f"{options.checkpoint}: no prosodic codebooks to swap; name some: --codebooks 1")
     wavs = [load_audio(path, codec.sample_rate) for path in (path_a, path_b)]
-    codes = swap(*(codec.encode_long(wav[None].to(options.device)) for wav in wavs), codebooks)
-    save_audio(path_out, codec.decode_long(codes, wavs[0].shape[-1])[0], codec.sample_rate)
+    wavs = [wav[None].to(options.device) for wav in wavs]
+    codes = swap(*(codec.encode_long(codec.gain(wav) * wav) for wav in wavs), codebooks)
+    wav_hat = codec.decode_long(codes, wavs[0].shape[-1]) / codec.gain(wavs[0])
+    save_audio(path_out, wav_hat[0], codec.sample_rate)
     print(f"{path_out}: {path_a} with codebooks {', '.join(map(str, codebooks))} of {path_b}")

@@ -68,6 +68,7 @@ class NeuralCodec(NamedTuple):
     n_parameters: int
     encode: Callable[[Tensor, int], Tensor]  # wav [1, 1, T], n -> codes [1, n, T']
     decode: Callable[[Tensor], Tensor]  # codes [1, n, T'] -> wav_hat [1, 1, T' x hop]
+    gain: Callable[[Tensor], Tensor]  # wav [1, 1, T] -> [1, 1, 1], by which it is multiplied before
 
     @property
     def frame_rate_hz(self) -> float:
@@ -94,7 +95,7 @@ def _open_ours(source: str) -> NeuralCodec:
     codec = Codec.from_pretrained(source)
     return NeuralCodec(
         codec.sample_rate, codec.hop_length, codec.codebook_size, trained_counts(codec.config), _weights_id(codec),
-        sum(p.numel() for p in codec.parameters()), codec.encode_long, codec.decode_long,
+        sum(p.numel() for p in codec.parameters()), codec.encode_long, codec.decode_long, codec.gain,
     )  # fmt: skip
 
 
@@ -152,7 +153,8 @@ def _open_transformers(source: str) -> NeuralCodec:
         return wav_hat[:, None] if wav_hat.ndim == 2 else wav_hat
 
     n_parameters = sum(p.numel() for p in model.parameters())
-    return NeuralCodec(config.sampling_rate, hop, size, counts, _weights_id(model), n_parameters, encode, decode)
+    return NeuralCodec(config.sampling_rate, hop, size, counts, _weights_id(model), n_parameters, encode, decode,
+                       lambda wav: wav.new_ones(1, 1, 1))  # fmt: skip
 
 
 def _weights_id(model: torch.nn.Module) -> str:
@@ -281,18 +283,22 @@ def code_clip(systems: list[System], wav: np.ndarray, sample_rate: int) -> dict[
     model = open_neural(first.kind, first.source)
     samples = resample_array(wav, sample_rate, model.sample_rate) if sample_rate != model.sample_rate else wav
     most = max(system.n_codebooks for system in systems)
-    codes = model.encode(torch.from_numpy(np.ascontiguousarray(samples, np.float32))[None, None], most)
-    return {system.name: _decode(model, codes[:, : system.n_codebooks], len(samples), system.name) for system in systems}
+    x = torch.from_numpy(np.ascontiguousarray(samples, np.float32))[None, None]
+    gain = model.gain(x)
+    codes = model.encode(gain * x, most)
+    return {system.name: _decode(model, codes[:, : system.n_codebooks], len(samples), gain.item(), system.name)
+            for system in systems}  # fmt: skip
 
 
-def _decode(model: NeuralCodec, codes: Tensor, n_samples: int, name: str) -> Coded:
+def _decode(model: NeuralCodec, codes: Tensor, n_samples: int, gain: float, name: str) -> Coded:
     """One bitrate: audio, and the size of the codec file that holds these codes."""
-    wav_hat = model.decode(codes)[0, 0, :n_samples].float().numpy()
+    wav_hat = model.decode(codes)[0, 0, :n_samples].float().numpy() / np.float32(gain)
     if not np.isfinite(wav_hat).all():
         raise ValueError(f"{name}: the decoder gave NaN or infinity")
     header = CodecFileHeader(
         sample_rate=model.sample_rate, hop_length=model.hop_length, n_samples=min(n_samples, codes.shape[2] * model.hop_length),
         n_codebooks=codes.shape[1], codebook_size=model.codebook_size, n_frames=codes.shape[2], model_id=model.weights_id,
+        gain=round(gain, 4),
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "a.codec")

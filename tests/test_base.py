@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,9 @@ import torch
 from conftest import speech_like
 
 from codec import cli
+from codec.bitstream import read_codes
 from codec.config import load_config
+from codec.metrics import speech_level_db
 from codec.model import Codec
 from codec.pretrained import BASE, resolve
 from train_codec_gan import build, load_initial
@@ -73,6 +76,31 @@ def test_more_bits_come_nearer_to_voiced_sound(base, speech):
     wav = torch.from_numpy(sf.read(speech, dtype="float32")[0])[None, None]
     error = [(base(wav, n).wav_hat - wav).square().mean() / wav.square().mean() for n in (3, 6, 12)]
     assert error[0] > error[1] > error[2] and error[2] < 0.7
+
+
+@pytest.mark.parametrize("gain_db", [-20, 12])
+def test_recordings_of_any_level_are_coded_as_if_they_were_of_the_level_of_its_training(base, speech, tmp_path, gain_db):
+    loud = sf.read(speech, dtype="float32")[0]
+    other = loud * np.float32(10 ** (gain_db / 20))
+    sf.write(tmp_path / "loud.wav", loud, 24000, subtype="FLOAT")
+    sf.write(tmp_path / "other.wav", other, 24000, subtype="FLOAT")
+    for name in ("loud", "other"):
+        assert cli.main(["encode", str(tmp_path / f"{name}.wav"), str(tmp_path / f"{name}.codec")]) == 0
+    (codes, header), (codes_other, header_other) = (read_codes(tmp_path / f"{name}.codec") for name in ("loud", "other"))
+    assert (codes == codes_other).float().mean() > 0.99  # the gain is rounded
+    assert 20 * np.log10(header.gain / header_other.gain) == pytest.approx(gain_db, abs=0.05)
+    raw = base.encode(torch.from_numpy(other)[None, None])[0]
+    assert (codes == raw).float().mean() < 0.5  # what the wrong version, without a gain, gives
+    assert cli.main(["decode", str(tmp_path / "other.codec"), str(tmp_path / "decoded.wav")]) == 0
+    wav_hat = sf.read(tmp_path / "decoded.wav", dtype="float32")[0]
+    assert np.sqrt(np.mean(wav_hat**2) / np.mean(other**2)) == pytest.approx(1.0, abs=0.2)
+
+
+def test_a_gain_is_of_each_recording_and_1_where_the_model_has_no_level(base):
+    wavs = torch.randn(3, 1, 24000) * torch.tensor([1.0, 1e-3, 0.0])[:, None, None]
+    torch.testing.assert_close(speech_level_db((base.gain(wavs) * wavs)[:1], 24000), torch.tensor([-16.0]), atol=0.01, rtol=0)
+    assert base.gain(wavs)[1:].flatten().tolist() == [100.0, 100.0]  # 40 dB at most
+    assert Codec(replace(base.config, level_db=None)).gain(wavs).flatten().tolist() == [1.0, 1.0, 1.0]
 
 
 @pytest.mark.parametrize("name", ["base", "base_cpu", "base_cpu_finish", "telugu_finetune"])

@@ -77,7 +77,7 @@ def test_a_written_file_reads_back_with_ceil_log2_bits_a_code(tmp_path, codebook
     write_codes(path, codes, header)
     read, read_header = read_codes(path)
     assert torch.equal(read, codes) and read.dtype == torch.int64 and read_header == header
-    text = json.dumps(asdict(header), separators=(",", ":"))
+    text = json.dumps({key: value for key, value in asdict(header).items() if key != "gain"}, separators=(",", ":"))
     assert code_bits(codebook_size) == int(np.ceil(np.log2(codebook_size)))
     payload = -(-30 * code_bits(codebook_size) // 8)
     assert path.stat().st_size == PREFIX.size + len(text) + payload + 4
@@ -126,8 +126,20 @@ def test_the_checksum_is_what_catches_a_flipped_code(tmp_path):
 
 
 def test_a_later_version_asks_for_an_update(tmp_path):
-    write_raw(tmp_path / "a.codec", asdict(HEADER), version=2)
-    with pytest.raises(ValueError, match="written by version 2, this is version 1; update"):
+    write_raw(tmp_path / "a.codec", asdict(HEADER), version=3)
+    with pytest.raises(ValueError, match="written by version 3, this is version 2; update"):
+        read_codes(tmp_path / "a.codec")
+
+
+def test_a_gain_reads_back_and_without_one_the_file_is_what_older_programs_read(tmp_path):
+    loud, plain = tmp_path / "loud.codec", tmp_path / "plain.codec"
+    codes = random_codes(HEADER)
+    write_codes(loud, codes, replace(HEADER, gain=0.2512))
+    write_codes(plain, codes, HEADER)
+    assert [path.read_bytes()[4] for path in (loud, plain)] == [2, 1] and b"gain" not in plain.read_bytes()
+    assert read_codes(loud)[1] == replace(HEADER, gain=0.2512) and read_codes(plain)[1] == HEADER
+    write_raw(tmp_path / "a.codec", {key: value for key, value in asdict(HEADER).items() if key != "gain"}, version=2)
+    with pytest.raises(ValueError, match="fields are not exactly"):
         read_codes(tmp_path / "a.codec")
 
 
@@ -156,6 +168,13 @@ def test_a_claim_of_a_million_million_frames_allocates_nothing(tmp_path, claim, 
         {"model_id": ""},
         {"model_id": "../x"},
         {"model_id": 12},
+        {"gain": 0.0},
+        {"gain": -1.0},
+        {"gain": float("nan")},
+        {"gain": float("inf")},
+        {"gain": True},
+        {"gain": "1"},
+        {"gain": 10**400},
         {"extra": 1},
     ],
     ids=str,

@@ -55,6 +55,20 @@ def test_amplitude_dc_and_peak_are_plain_arithmetic(wav):
     assert metrics.peak(-wav)[1] == wav[1].abs().max()
 
 
+def test_the_level_of_speech_leaves_pauses_out_and_follows_a_gain(wav):
+    rate, second = 16000, wav[:1, :, :16000]
+    plain = metrics.speech_level_db(second, rate)
+    blocks = [second.numpy()[0, 0, start : start + 6400] for start in range(0, 16000 - 6399, 1600)]
+    power = np.array([np.square(block, dtype=np.float64).mean() for block in blocks])
+    assert plain.item() == pytest.approx(10 * np.log10(power[power >= 0.1 * power.mean()].mean()), abs=1e-3)
+    both = torch.cat([second, torch.zeros(1, 1, 3 * rate)], -1)
+    assert (metrics.speech_level_db(both, rate) - plain).abs() < 1.0  # of the mean over all it would be 6 dB
+    torch.testing.assert_close(metrics.speech_level_db(both / 100, rate), metrics.speech_level_db(both, rate) - 40)
+    levels = metrics.speech_level_db(torch.cat([second, second / 10, 0 * second]), rate)
+    torch.testing.assert_close(levels, torch.stack([plain[0], plain[0] - 20, torch.tensor(-120.0)]))
+    assert metrics.speech_level_db(torch.full((1, 1, 7), 0.1), rate).item() == pytest.approx(-20)  # shorter than a block
+
+
 def test_a_silent_reference_has_no_ratio_and_nanmean_leaves_it_out(wav):
     reference = torch.cat([torch.zeros(1, 1, 16000), wav[:1]])
     estimate = torch.cat([wav[1:2], 0.5 * wav[:1]])

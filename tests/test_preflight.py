@@ -61,6 +61,16 @@ def signal_of(tmp_path: Path, wavs: list[np.ndarray]) -> list[Check]:
     return check_data([write(tmp_path, f"x{i}", wav, f"s{i}") for i, wav in enumerate(wavs)], [], [], 8000, 600)
 
 
+def test_speech_of_another_level_than_the_model_will_hear_is_named_with_both_mends(clean_split):
+    plain = found(check_data(clean_split, [], [], 8000, 600), "dB RMS")
+    level = float(plain.message.split()[1])
+    assert plain.level == "ok"  # nothing is wrong with it by itself
+    check = found(check_data(clean_split, [], [], 8000, 600, level_db=level + 6), "dB RMS")
+    assert check.level == "warning" and f"model.level_db={level + 6:g}" in check.message
+    assert f"--target_db {level + 6:g}, or model.level_db={level}" in check.mend
+    assert found(check_data(clean_split, [], [], 8000, 600, level_db=level + 1), "dB RMS").level == "ok"
+
+
 # ------------------------------------------------------------------------- arithmetic
 
 
