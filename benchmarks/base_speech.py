@@ -4,16 +4,14 @@
     python prepare_speaker_data.py data/wide/raw data/wide/speech --sample_rate 24000 --metadata data/wide/raw/metadata.csv \\
         --min_s 0.3 --no_balance
 
-The dialogues of one game, fi_*, were recorded poorly, so the last two stages, for which recordings are what is to be
-sounded like, leave them out:
+The dialogues of one game, fi_*, were recorded poorly, so the second stage, for which recordings are what is to be sounded
+like, leaves them out:
 
     grep -v '"speaker": "fi_' data/wide/speech/manifest.jsonl > data/wide/speech/clear.jsonl
     python train_codec_gan.py --config configs/base_cpu.yaml \\
         --set data.manifest=data/wide/speech/manifest.jsonl train.precision=bf16
     python train_codec_gan.py --config configs/base_cpu_finish.yaml \\
         --set data.manifest=data/wide/speech/clear.jsonl train.precision=bf16
-
-and once more as the model's card says, codec/base/README.md.
 
 es and el are left out of all, for tests. Where packages do not name who speaks, a language of a package counts as a speaker.
 Validation: Danish of tuxpaint, and with --wide the Italian man and the Russian woman of Asterisk's prompts. Those

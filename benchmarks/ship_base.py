@@ -39,7 +39,7 @@ CARD = """# The model that comes with the package
 codebooks. It is what `codec encode`, `decode`, `reconstruct` and `Codec.from_pretrained()` use when nothing else is named, and
 what `configs/telugu_finetune.yaml` starts from.
 
-**What it cannot do.** It has heard {hours:.1f} hours, the last stage {last_hours:.1f}, of phrases, words, letters, prompts
+**What it cannot do.** It has heard {hours:.1f} hours, the second stage {last_hours:.1f}, of phrases, words, letters, prompts
 and the dialogues of games; no running speech, no music, no noise, no natural Telugu. {below}It looks ahead
 {ahead_ms:.0f} ms, so it is not for conversations.
 
@@ -62,14 +62,9 @@ python train_codec_gan.py --config configs/base_cpu.yaml \\
     --set data.manifest=data/wide/speech/manifest.jsonl train.precision=bf16
 python train_codec_gan.py --config configs/base_cpu_finish.yaml \\
     --set data.manifest=data/wide/speech/clear.jsonl train.precision=bf16
-python train_codec_gan.py --config configs/base_cpu_finish.yaml --run_dir runs/base_cpu_last \\
-    --set data.manifest=data/wide/speech/clear.jsonl train.precision=bf16 train.init_from=runs/base_cpu_finish \\
-    train.refit_frames=0 train.seed=2 loss_weights.adv=0.2 loss_weights.feat=0.8 optim.lr_g=4.0e-4 optim.lr_d=5.0e-4 \\
-    optim.warmup_steps=50 optim.ema_decay=0.995 train.val_every=250 train.checkpoint_every=250 \\
-    'phases=[{{name: last, steps: 700}}]'
 ```
 
-On 2 CPU cores with AMX; the last stage took {minutes:.0f} minutes for {step} updates. {history}Curves: `docs/base/`.
+On {machine}; the second stage took {minutes:.0f} minutes for {step} updates. {history}Curves: `docs/base/`.
 
 {training}
 
@@ -128,6 +123,7 @@ def main() -> None:
     parser.add_argument("evaluations", type=Path, nargs="+")
     parser.add_argument("--below", default="", help="a sentence on where it falls short")
     parser.add_argument("--history", default="", help="a sentence on how the run differed from the config")
+    parser.add_argument("--machine", default="2 CPU cores", help="that trained it")
     args = parser.parse_args()
     checkpoint = find_checkpoint(args.run)
     rows = read_metrics(args.run)
@@ -146,7 +142,7 @@ def main() -> None:
             parameters=n_weights(codec.state_dict()) / 1e6, hours=hours, last_hours=last_hours,
             below=args.below + " " * bool(args.below), history=args.history + " " * bool(args.history),
             ahead_ms=1000 * frames / codec.frame_rate_hz, tables="\n\n".join(table(r) for r in results),
-            minutes=trained_minutes(rows), step=step, training=training.replace("## ", "### "),
+            machine=args.machine, minutes=trained_minutes(rows), step=step, training=training.replace("## ", "### "),
         )  # fmt: skip
         write_atomically(new / "README.md", card)
         if BASE.exists():

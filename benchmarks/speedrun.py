@@ -92,8 +92,9 @@ LAPPED = (f"model.encoder={LAPPED_BODY.format(2)}", f"model.decoder={LAPPED_BODY
 BEAM = ("model.quantizer.beam=8",)
 SHORT_BODY = LAPPED_BODY.replace("n_fft: 1920, n_envelope: 16", "n_fft: 480, n_spectra: 4, n_envelope: 32")
 SHORT = (f"model.encoder={SHORT_BODY.format(2)}", f"model.decoder={SHORT_BODY.format(7)}")
-# what base_cpu.yaml has for an hour and not for minutes: slow codebooks and other speeds
-MINUTES = ("model.quantizer.decay=0.99", "model.quantizer.dead_threshold=0.2", "data.speeds=[1.0]")
+# what base_cpu.yaml has for an hour and not for minutes: slow codebooks, other speeds, the longest search, ten blocks
+MINUTES = ("model.quantizer.decay=0.99", "model.quantizer.dead_threshold=0.2", "data.speeds=[1.0]",
+           "model.quantizer.beam=8", "model.decoder.n_blocks=7")
 LADDER = [
     Rung("encodec", "encodec_24khz", ENCODEC, 0.0, "EnCodec's shape: causal, LSTM, MS-STFT discriminator, balancer"),
     Rung("dac", "dac_24khz", DAC, 0.0, "DAC's shape: Snake, factorised codebooks, adversary from the start"),
