@@ -31,6 +31,7 @@ VERSION = 2
 PREFIX = struct.Struct("<4sHI")
 CRC = struct.Struct("<I")
 MAX_HEADER_BYTES = 64 * 1024
+LEAST_GAIN, MOST_GAIN = 0.01, 100.0
 MAX_CODE_BITS = 24  # a code and its shift of up to 7 bits must fit 32 bits
 
 
@@ -208,7 +209,9 @@ def _read_header(where: str, file: BinaryIO) -> tuple[CodecFileHeader, int]:
         values = json.loads(text)
     except (ValueError, RecursionError):
         raise ValueError(f"{where}: damaged: the header is not JSON") from None
-    header = _check_header(where, {"gain": 1.0, **values} if version == 1 and isinstance(values, dict) else values)
+    if version == 1 and isinstance(values, dict):
+        values["gain"] = None if "gain" in values else 1.0  # that version had none
+    header = _check_header(where, values)
     expected = PREFIX.size + n_bytes + header.payload_bytes + CRC.size
     if size != expected:
         what = "truncated" if size < expected else "bytes after its end"
@@ -231,8 +234,8 @@ def _check_header(where: str, values: object) -> CodecFileHeader:
         raise ValueError(f"{where}: header codebook_size={size}, expected 2 to {2**MAX_CODE_BITS}")
     if not isinstance(model_id, str) or not re.fullmatch("[0-9a-f]{1,64}", model_id):
         raise ValueError(f"{where}: header model_id={str(model_id)[:40]!r}, expected 1 to 64 hex digits")
-    if type(header.gain) not in (int, float) or not 1e-6 < header.gain < 1e6:
-        raise ValueError(f"{where}: header gain={str(header.gain)[:40]!r}, expected a number from 1e-6 to 1e6")
+    if type(header.gain) not in (int, float) or not LEAST_GAIN <= header.gain <= MOST_GAIN:
+        raise ValueError(f"{where}: header gain={str(header.gain)[:40]!r}, expected a number from {LEAST_GAIN} to {MOST_GAIN}")
     if header.n_samples > header.n_frames * header.hop_length:
         raise ValueError(
             f"{where}: header n_samples={header.n_samples}, expected at most "

@@ -66,7 +66,7 @@ tags:
 
 ```python
 {USE_CODEC if library == "codec" else USE_TRANSFORMERS}
-```
+```{_level_line(model) if library == "transformers" else ""}
 
 {training}
 
@@ -74,6 +74,13 @@ tags:
 
 {LICENCE}
 """
+
+
+def _level_line(model: ModelConfig) -> str:
+    """What transformers' classes cannot say."""
+    if model.level_db is None:
+        return ""
+    return f"\n\nIt was trained on speech at {model.level_db:g} dB RMS and codes other levels badly: bring `wav` there first."
 
 
 def n_weights(tensors: dict[str, Tensor]) -> int:

@@ -127,6 +127,7 @@ def _checkpoint_lines(folder: Path) -> dict[str, str]:
         "frame rate": f"{codec.frame_rate_hz:g} Hz (hop length {codec.hop_length})",
         "codebooks": f"{codec.n_codebooks} x {codec.codebook_size} entries{_groups(codec)}",
         "kbps": "  ".join(rates) + "  (by number of codebooks)",
+        "level": "any" if codec.config.level_db is None else f"recordings are brought to {codec.config.level_db:g} dB RMS",
         "receptive field": f"{context_ms:.1f} ms of input a frame" if math.isfinite(context_ms) else "the whole past",
     }
 

@@ -16,11 +16,11 @@ from codec.config import ModelConfig
 from codec.decoder import build_decoder
 from codec.encoder import build_encoder
 from codec.layers import remove_weight_norm
-from codec.metrics import speech_level_db
+from codec.metrics import peak, speech_level_db
 from codec.pretrained import BASE, read_model, resolve, with_weight_norm, write_pretrained
 from codec.rvq import QuantizerOutput, build_quantizer
 
-MOST_GAIN_DB = 40.0
+MOST_GAIN_DB, PEAK_DB = 40.0, -1.0
 
 
 class CodecOutput(NamedTuple):
@@ -112,11 +112,14 @@ class Codec(nn.Module):
         """What brings recordings wav [B, 1, T] to the level that the model was trained on [B, 1, 1], all ones without one.
 
         A model that has heard one level only codes others badly: encode `gain * wav`, divide what is decoded by it. The
-        `codec` command and `evaluate_codec.py` do so. One gain a recording, as in DAC's `compress` (Kumar et al. 2023).
+        `codec` command and `evaluate_codec.py` do so. As in training data by `prepare_speaker_data.py`, no sample comes above
+        `PEAK_DB`. One gain a recording, as in DAC's `compress` (Kumar et al. 2023): a stream's has to be known beforehand.
         """
+        self._check(wav)
         if self.config.level_db is None:
             return wav.new_ones(len(wav), 1, 1)
         gain_db = self.config.level_db - speech_level_db(wav, self.sample_rate)
+        gain_db = torch.minimum(gain_db, PEAK_DB - 20 * peak(wav).clamp(min=1e-9).log10())
         return (10 ** (gain_db.clamp(-MOST_GAIN_DB, MOST_GAIN_DB) / 20)).round(decimals=4).to(wav)[:, None, None]
 
     def encode(self, wav: Tensor, n_codebooks: int | None = None) -> Tensor:
@@ -150,9 +153,12 @@ class Codec(nn.Module):
         frames = self.decoder.head(self.quantizer.decode(codes))
         return in_chunks(self.decoder.local, frames, 1, hop, chunk_frames, context)[..., :n_samples]
 
-    def _pad(self, wav: Tensor) -> Tensor:
+    def _check(self, wav: Tensor) -> None:
         if wav.ndim != 3 or wav.shape[1] != 1 or wav.shape[2] == 0:
             raise ValueError(f"codec input has shape {list(wav.shape)}, expected [B, 1, T] with T > 0; mix to mono first")
+
+    def _pad(self, wav: Tensor) -> Tensor:
+        self._check(wav)
         return F.pad(wav, (0, -wav.shape[-1] % self.hop_length)) if self.config.pad_input else wav
 
 

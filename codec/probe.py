@@ -142,6 +142,7 @@ def collect(
         spoken = frame_labels(transcripts or {}, utterance.name, n_frames, hop / rate, unit)
         n_untranscribed += spoken[0] is None
         wav = wav[: n_frames * hop]
+        wav *= codec.gain(torch.from_numpy(wav)[None, None]).item()  # and so its energy is what codes can know
         z = codec.encoder(torch.from_numpy(wav)[None, None].to(device)).float()
         latent = z[0].T @ _projection(z.shape[1]).to(device)
         pitch = torch.from_numpy(log_f0(wav, rate, hop, n_frames)).float()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import math
 import tempfile
 import time
@@ -22,9 +23,11 @@ from codec import classical
 from codec.audio import resample_array
 from codec.bitstream import CodecFileHeader, write_codes
 from codec.checkpoint import load_state
-from codec.config import ModelConfig
+from codec.config import ModelConfig, to_dict
 from codec.model import Codec
 from codec.pretrained import public_name, read_model, resolve
+
+OUR_CODE = ("model", "encoder", "decoder", "lapped", "layers", "rvq", "spectral", "metrics")  # modules that code and decode
 
 
 class System(NamedTuple):
@@ -35,7 +38,7 @@ class System(NamedTuple):
     n_codebooks: int  # 0 where it has none
     nominal_kbps: float  # as the codec says it, without what its file needs besides
     setting: str  # the same for readers: "6 of 12 codebooks"
-    fingerprint: str  # of the weights: what was measured with others is not used again
+    fingerprint: str  # of weights, config and our code: what others gave is not used again
 
     @property
     def key(self) -> str:
@@ -94,8 +97,9 @@ def open_neural(kind: str, source: str) -> NeuralCodec:
 def _open_ours(source: str) -> NeuralCodec:
     codec = Codec.from_pretrained(source)
     return NeuralCodec(
-        codec.sample_rate, codec.hop_length, codec.codebook_size, trained_counts(codec.config), _weights_id(codec),
-        sum(p.numel() for p in codec.parameters()), codec.encode_long, codec.decode_long, codec.gain,
+        codec.sample_rate, codec.hop_length, codec.codebook_size, trained_counts(codec.config),
+        _fingerprint(codec, to_dict(codec.config)), sum(p.numel() for p in codec.parameters()),
+        codec.encode_long, codec.decode_long, codec.gain,
     )  # fmt: skip
 
 
@@ -153,13 +157,15 @@ def _open_transformers(source: str) -> NeuralCodec:
         return wav_hat[:, None] if wav_hat.ndim == 2 else wav_hat
 
     n_parameters = sum(p.numel() for p in model.parameters())
-    return NeuralCodec(config.sampling_rate, hop, size, counts, _weights_id(model), n_parameters, encode, decode,
+    return NeuralCodec(config.sampling_rate, hop, size, counts, _fingerprint(model, {}), n_parameters, encode, decode,
                        lambda wav: wav.new_ones(1, 1, 1))  # fmt: skip
 
 
-def _weights_id(model: torch.nn.Module) -> str:
-    """16 hex digits of a model's tensors."""
-    digest = hashlib.sha256()
+def _fingerprint(model: torch.nn.Module, config: dict) -> str:
+    """16 hex digits of a model's tensors, of its config, which has what no tensor tells (beam, level), and of what codes."""
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for name in OUR_CODE if config else ():
+        digest.update(Path(__file__).with_name(f"{name}.py").read_bytes())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]

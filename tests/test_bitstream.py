@@ -44,7 +44,7 @@ def pack_one_bit_at_a_time(values: np.ndarray, bits: int) -> bytes:
     return stream.to_bytes(-(-len(values) * bits // 8), "little")
 
 
-def write_raw(path, header: dict | bytes, payload: bytes = b"", version: int = 1) -> None:
+def write_raw(path, header: dict | bytes, payload: bytes = b"", version: int = 2) -> None:
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     body = struct.pack("<4sHI", MAGIC, version, len(text)) + text + payload
     path.write_bytes(body + struct.pack("<I", zlib.crc32(body)))
@@ -138,8 +138,11 @@ def test_a_gain_reads_back_and_without_one_the_file_is_what_older_programs_read(
     write_codes(plain, codes, HEADER)
     assert [path.read_bytes()[4] for path in (loud, plain)] == [2, 1] and b"gain" not in plain.read_bytes()
     assert read_codes(loud)[1] == replace(HEADER, gain=0.2512) and read_codes(plain)[1] == HEADER
-    write_raw(tmp_path / "a.codec", {key: value for key, value in asdict(HEADER).items() if key != "gain"}, version=2)
+    write_raw(tmp_path / "a.codec", {key: value for key, value in asdict(HEADER).items() if key != "gain"})
     with pytest.raises(ValueError, match="fields are not exactly"):
+        read_codes(tmp_path / "a.codec")
+    write_raw(tmp_path / "a.codec", asdict(HEADER), version=1)
+    with pytest.raises(ValueError, match="header gain='None'"):
         read_codes(tmp_path / "a.codec")
 
 
@@ -175,6 +178,8 @@ def test_a_claim_of_a_million_million_frames_allocates_nothing(tmp_path, claim, 
         {"gain": True},
         {"gain": "1"},
         {"gain": 10**400},
+        {"gain": 0.0099},
+        {"gain": 101},
         {"extra": 1},
     ],
     ids=str,

@@ -6,13 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile as sf
 import torch
-from conftest import speech_like
+from conftest import speech_like, tiny_config
 from test_cli import save_run
 from test_convert import tiny
 
@@ -310,6 +311,24 @@ def test_a_codec_that_fails_on_a_file_is_recorded(tmp_path, monkeypatch):
     monkeypatch.setattr(measure, "code_clip", lambda *_: 1 / 0)
     (row,) = decode_job([UNCODED], recording, RATE, tmp_path)
     assert row["error"].startswith("ZeroDivisionError") and row["n_bytes"] == 0
+
+
+def test_a_recording_is_coded_at_the_models_level_and_another_level_or_beam_is_another_system(tmp_path):
+    torch.manual_seed(0)
+    codec, wav = Codec(tiny_config().model).eval(), speech_like(8000, 8000)
+    x, systems, outs = torch.from_numpy(wav).float()[None, None], [], []
+    for name, config in {"plain": codec.config, "level": replace(codec.config, level_db=-40.0),
+                         "beam": replace(codec.config, quantizer=replace(codec.config.quantizer, beam=4))}.items():  # fmt: skip
+        other = Codec(config).eval()
+        other.load_state_dict(codec.state_dict())
+        other.save_pretrained(tmp_path / name)
+        systems += neural_systems("ours", str(tmp_path / name), [3])
+        gain = other.gain(x)
+        coded = code_clip(systems[-1:], wav.astype(np.float32), 8000)[systems[-1].name]
+        outs.append(coded.wav)
+        np.testing.assert_allclose(coded.wav, (other(gain * x).wav_hat / gain)[0, 0].detach(), atol=1e-5)
+    assert len({system.key.split("-")[-1] for system in systems}) == 3
+    assert np.abs(outs[0] - outs[1]).max() > 1e-3
 
 
 # ---------------------------------------------------------------------------------- who takes part

@@ -60,13 +60,28 @@ def test_the_level_of_speech_leaves_pauses_out_and_follows_a_gain(wav):
     plain = metrics.speech_level_db(second, rate)
     blocks = [second.numpy()[0, 0, start : start + 6400] for start in range(0, 16000 - 6399, 1600)]
     power = np.array([np.square(block, dtype=np.float64).mean() for block in blocks])
-    assert plain.item() == pytest.approx(10 * np.log10(power[power >= 0.1 * power.mean()].mean()), abs=1e-3)
+    loud = power >= max(10**-1.4 * np.quantile(power, 0.95), 0.1 * power.mean())
+    assert plain.item() == pytest.approx(10 * np.log10(power[loud].mean()), abs=1e-3)
     both = torch.cat([second, torch.zeros(1, 1, 3 * rate)], -1)
     assert (metrics.speech_level_db(both, rate) - plain).abs() < 1.0  # of the mean over all it would be 6 dB
     torch.testing.assert_close(metrics.speech_level_db(both / 100, rate), metrics.speech_level_db(both, rate) - 40)
     levels = metrics.speech_level_db(torch.cat([second, second / 10, 0 * second]), rate)
     torch.testing.assert_close(levels, torch.stack([plain[0], plain[0] - 20, torch.tensor(-120.0)]))
-    assert metrics.speech_level_db(torch.full((1, 1, 7), 0.1), rate).item() == pytest.approx(-20)  # shorter than a block
+    few = 0.1 * torch.tensor([[[1.0, -1, 1, -1, 1, -1]]])
+    assert metrics.speech_level_db(few, rate).item() == pytest.approx(-20)  # shorter than a block
+
+
+def test_noise_between_words_an_offset_and_a_late_beginning_do_not_change_the_level_of_speech():
+    rate, rng = 16000, np.random.default_rng(0)
+    speech, noise = 0.1 * rng.standard_normal(rate), 0.1 * 10 ** (-15 / 20) * rng.standard_normal(9 * rate)
+    level = {name: metrics.speech_level_db(torch.from_numpy(wav).float()[None, None], rate).item() for name, wav in {
+        "noisy": np.concatenate([noise[: 4 * rate], speech, noise[4 * rate :]]),  # a gate below the mean says -28.9
+        "sparse": np.concatenate([0.01 * noise, 0.01 * noise, 0.01 * noise, speech]),  # the 95th block is a pause: -34.7
+        "offset": speech + 0.3,
+        "late": np.concatenate([np.zeros(6400), speech[:1500]]),  # whole blocks alone end before it begins: -120
+    }.items()}  # fmt: skip
+    assert level["noisy"] == pytest.approx(-20, abs=2.5) and level["offset"] == pytest.approx(-20, abs=0.2)
+    assert level["sparse"] == pytest.approx(-20, abs=1.5) and -30 < level["late"] < -20
 
 
 def test_a_silent_reference_has_no_ratio_and_nanmean_leaves_it_out(wav):

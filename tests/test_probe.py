@@ -1,6 +1,7 @@
 import argparse
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -280,6 +281,12 @@ def test_frames_are_those_of_encode_and_unreadable_files_are_counted(codec_dir, 
     assert frames.energy_db[100].item() == pytest.approx(max(20 * math.log10(np.sqrt((frame**2).mean())), -80), abs=1e-3)
     with pytest.raises(ValueError, match="none of 1 utterances is readable"):
         collect(codec, utterances[:1])
+    levelled = Codec.from_pretrained(codec_dir)
+    levelled.config = replace(codec.config, level_db=-40.0)
+    x = torch.from_numpy(wav[:4000])[None, None]
+    brought = collect(levelled, utterances)
+    assert torch.equal(brought.codes, codec.encode(levelled.gain(x) * x)[0].T) and not torch.equal(brought.codes, frames.codes)
+    assert brought.energy_db[100] < frames.energy_db[100] - 10
 
 
 def test_utterances_without_a_fitting_transcript_are_counted_and_their_frames_left_out(codec_dir, manifest, quick):
