@@ -48,6 +48,7 @@ from codec.config import (
     disc_warmup,
     dump_config,
     grown,
+    has_term,
     load_config,
     model_differences,
     parse_config,
@@ -82,6 +83,7 @@ from codec.preflight import Check
 from codec.pretrained import read_model, resolve
 from codec.runlog import EpochMeans, RunLog, read_metrics
 from codec.watch import NEUTRAL, OF_INTERVALS, CodebookWatch, gradient_figures, mel_off, over_interval, sound_figures
+from codec.whisper import WhisperLoss
 
 # Keys of train without a say in a resumed run; a warm-up can end early.
 ONLY_AT_START = ("init_from", "refit_frames", "disc_warmup_steps")
@@ -105,6 +107,7 @@ class Training:
     msspec_loss: MultiScaleSpectralLoss
     cspec_loss: CompressedSpectralLoss
     bands_loss: BandLevelLoss
+    whisper_loss: WhisperLoss | None
     balancer: Balancer | None
     averages: dict[str, Tensor]  # of the codec's parameters and codebooks, by name; empty without optim.ema_decay
 
@@ -223,6 +226,8 @@ def reconstruction_terms(wav: Tensor, wav_hat: Tensor, t: Training, config: Conf
         terms["cspec"] = t.cspec_loss(wav, wav_hat)
     if weights.bands > 0:
         terms["bands"] = t.bands_loss(wav, wav_hat)
+    if weights.whisper > 0:
+        terms["whisper"] = t.whisper_loss(wav, wav_hat)
     return terms
 
 
@@ -357,7 +362,10 @@ def build(config: Config, device: torch.device, teachers: Teachers | None = None
             discriminators = DistributedDataParallel(discriminators, broadcast_buffers=False)
         if teachers:
             heads = DistributedDataParallel(heads, broadcast_buffers=False)
-    losses = config.losses
+    losses, whisper = config.losses, None
+    if has_term(config, "whisper"):
+        bf16 = config.train.precision == "bf16"
+        whisper = WhisperLoss(losses.whisper_model, losses.whisper_layers, config.model.sample_rate, bf16).to(device)
     # codebooks are averaged as well, as in AudioCraft: they belong to the encoder of their time
     averages = {name: value.clone() for name, value in unwrap(codec).state_dict().items()} if config.optim.ema_decay else {}
     return Training(
@@ -368,6 +376,7 @@ def build(config: Config, device: torch.device, teachers: Teachers | None = None
         BandLevelLoss(
             config.model.sample_rate, losses.bands_counts, losses.bands_frames, losses.bands_window, losses.bands_floor
         ).to(device),
+        whisper,
         Balancer(mean_over_ranks=distributed.mean_over_ranks) if losses.balancer else None,
         averages,
     )  # fmt: skip

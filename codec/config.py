@@ -210,6 +210,8 @@ class LossesConfig:
     bands_frames: tuple[int, ...] = (3, 7)  # over which each averages the power
     bands_window: int = 512
     bands_floor: float = 4.33e-3  # as mel_floor, of the RMS of noise
+    whisper_model: str = ""  # folder or hub id
+    whisper_layers: tuple[int, ...] = (2, 4, 6)  # hidden states of its encoder
     msspec_log_weight: Literal["sqrt", "one"] = "sqrt"  # of the log term: the root of half the window, or 1 (EnCodec)
     balancer: bool = False  # weights become shares of the gradient at the output; vq stays outside
 
@@ -246,6 +248,7 @@ class LossWeights:
     msspec: float = 0.0
     cspec: float = 0.0
     bands: float = 0.0
+    whisper: float = 0.0
     commit: float = 0.0
     codebook: float = 0.0
     llm: float = 0.0
@@ -428,6 +431,11 @@ def phase_at(config: Config, step: int) -> int:
         if step < end:
             return index
     return len(config.phases) - 1
+
+
+def has_term(config: Config, name: str) -> bool:
+    """Whether a term of the loss has a weight, or a phase gives it one."""
+    return getattr(config.loss_weights, name) > 0 or any(phase.set.get(f"loss_weights.{name}") for phase in config.phases)
 
 
 def disc_warmup(config: Config, n_steps: int) -> range:
@@ -659,7 +667,7 @@ def _validate_range(config: Any, key: str, low: float, high: float | None, at: s
     """Refuse a value outside its limits; a key that the config does not have passes."""
     value = functools.reduce(lambda node, part: getattr(node, part, None), key.split("."), config)
     if value is not None and not low <= value <= (math.inf if high is None else high):
-        raise ValueError(f"{at}{key}={value}, expected {f'{low} to {high}' if high else f'at least {low}'}")
+        raise ValueError(f"{at}{key}={value}, expected {f'at least {low}' if high is None else f'{low} to {high}'}")
 
 
 def validate_model(model: ModelConfig, where: str) -> None:
@@ -779,11 +787,17 @@ def _validate_shapes(config: Config, where: str) -> None:
         raise ValueError(f"{where}: losses.bands_counts={[*losses.bands_counts]} and losses.bands_frames="
                          f"{[*losses.bands_frames]}, expected numbers of at least 1, in pairs")  # fmt: skip
     windows = [("losses.mel_windows", losses.mel_windows), ("losses.msspec_windows", losses.msspec_windows)]
-    if config.loss_weights.cspec or any("loss_weights.cspec" in phase.set for phase in config.phases):
+    if has_term(config, "cspec"):
         windows.append(("losses.cspec_windows", losses.cspec_windows))
-    if config.loss_weights.bands or any("loss_weights.bands" in phase.set for phase in config.phases):
+    if has_term(config, "bands"):
         spans = [losses.bands_window // 4 * n_frames for n_frames in losses.bands_frames]
         windows += [("losses.bands_window", (losses.bands_window,)), ("losses.bands_frames in samples", spans)]
+    if has_term(config, "whisper") and 10 * data.segment_samples < config.model.sample_rate:
+        raise ValueError(f"{where}: data.segment_samples={data.segment_samples}, loss_weights.whisper wants 0.1 s or more, "
+                         f"{config.model.sample_rate / 10:.0f} samples")  # fmt: skip
+    if has_term(config, "whisper") and not losses.whisper_model:
+        raise ValueError(f"{where}: loss_weights.whisper without losses.whisper_model; name its folder: "
+                         "benchmarks/distillation/teachers.py makes data/teachers/whisper-base")  # fmt: skip
     windows += [(f"discriminators.sets.{i}.windows", getattr(member, "windows", ()))
                 for i, member in enumerate(config.discriminators.sets)]  # fmt: skip
     for key, sizes in windows:

@@ -114,7 +114,8 @@ def run_files(folder: Path) -> dict[str, dict[str, Tensor] | str]:
     train = replace(train, init_from=public_name(train.init_from) if train.init_from else "")
     taught = {name: replace(teacher, features=public_name(teacher.features))
               for name, teacher in vars(config.distill).items() if teacher}  # fmt: skip
-    shown = replace(config, data=data, train=train, distill=replace(config.distill, **taught))
+    losses = replace(config.losses, whisper_model=config.losses.whisper_model and public_name(config.losses.whisper_model))
+    shown = replace(config, data=data, train=train, losses=losses, distill=replace(config.distill, **taught))
     beside = {"config.yaml": dump_config(shown)}
     if discriminators_learned(folder, config):
         beside["discriminators.safetensors"] = compact(load_tensors(folder / "discriminators.safetensors"))

@@ -12,7 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-TERMS = ("adv", "feat", "wave", "scale", "mel", "msspec", "cspec", "bands", "commit", "codebook", "llm", "wavlm", "pitch")
+TERMS = (
+    "adv", "feat", "wave", "scale", "mel", "msspec", "cspec", "bands", "whisper", "commit", "codebook", "llm", "wavlm", "pitch",
+)  # fmt: skip
 SIGNAL_TERMS = ("mel", "msspec", "cspec", "bands", "wave")  # any of them alone teaches a codec to speak
 LEVELS = range(64)  # codebooks that have names here
 KNOWN = frozenset(
@@ -63,11 +65,12 @@ RANGES = [
 ]  # fmt: skip
 TOLD = {"train/mel": "distance of mel spectra, the loss", "train/cspec": "distance of compressed spectra",
         "train/bands": "distance of levels, averaged in time",
+        "train/whisper": "distance of what a recogniser hears",
         "val/mel": "distance of mel spectra, dB: the fixed measure",
         "val/snr_db": "power over error; bounded by the bitrate", "train/recon": "reconstruction",
         "train/vq": "quantizer: commitment and codebook",
         "train/commit": "latent to code: the encoder's side",
-        "train/adversary_ratio": "at the output, discriminators' gradient over all other terms'",
+        "train/adversary_ratio": "at the output, discriminators' gradient over that of all comparisons",
         "train/grad_norm_g": "generator's gradient", "train/grad_norm_d": "discriminator's gradient",
         "val/perplexity_0": "entries of the first codebook in use",
         "val/latent_dims": "directions in which the latent varies", "val/wavlm_gain": "0 a constant answer, 1 perfect",
@@ -383,7 +386,7 @@ def stuck_teacher(h: History) -> Finding | None:
         return found(9, f"wavlm {loss[-1]:.3g}: alignment of codebooks 0+1 fails, similarity {1 - loss[-1]:.2f}", 0.8) if (
             len(loss) and loss[-1] > 0.5) else None  # fmt: skip
     asked = h.recent("train/grad_wavlm_to_1")
-    heard = (*SIGNAL_TERMS, "scale", "adv", "feat", "balanced")
+    heard = (*SIGNAL_TERMS, "scale", "whisper", "adv", "feat", "balanced")
     others = [h.recent(f"train/grad_{name}_to_1") for name in heard]
     share = ratio(float(np.nansum(others)), asked)
     if len(gains) >= 3 and gains[-1] < 0.2 and gains[-1] - gains[len(gains) // 2] < 0.02 and share > 10:

@@ -39,7 +39,7 @@ WARMUP_STEPS = 2  # of a phase: kernels are chosen, memory is reserved
 READ_AHEAD = 4  # batches a worker of the loader holds ready, at the first of which no step waits
 TIMED_S, TIMED_STEPS = 5.0, 50  # steps are timed for so long, or so many of them
 # scale pulls by the level's error alone; new discriminators know nothing yet
-AT_STEP_0 = ("wave", "mel", "msspec", "cspec", "bands", "feat")
+AT_STEP_0 = ("wave", "mel", "msspec", "cspec", "bands", "whisper", "feat")
 
 
 class Published(NamedTuple):
@@ -176,14 +176,12 @@ def check_signal(pieces: list[tuple[Utterance, np.ndarray]], sample_rate: int, l
     usual_khz = float(np.median([width for width, _ in widths])) / 1000
     again = "prepare_speaker_data.py "
     level = f"level {median:.1f} dB RMS, 9 of 10 pieces from {low:.1f} to {high:.1f}"
-    if level_db is not None and abs(median - level_db) > LEVEL_OFF_DB:
-        loudness = Check("data", "warning", f"{level}; recordings to be coded will be brought to model.level_db={level_db:g}",
-                         f"{again}--target_db {level_db:g}, or model.level_db={median:.1f}")  # fmt: skip
-    else:
-        loudness = judge("data", not -30 < median < -8 or high - low > 20, level,
-                         again + "brings every utterance to --target_db -16")  # fmt: skip
+    off = not -30 < median < -8 if level_db is None else abs(median - level_db) > LEVEL_OFF_DB
+    if level_db is not None:
+        level += f"; what is to be coded will be brought to model.level_db={level_db:g}"
+    mend = f"{again}brings every utterance to --target_db {-16 if level_db is None else level_db:g}"
     return [
-        loudness,
+        judge("data", off or high - low > 20, level, mend + "; or set model.level_db" * (level_db is not None)),
         judge("data", silent.mean() > 0.4, f"silent {share(silent.mean())} of the time ({-SILENT_DB:.0f} dB below the level)",
               again + "cuts silence out"),
         judge("data", len(shifted) > FEW * len(heard), f"DC offset in {share(len(shifted) / len(heard))} of the pieces, "

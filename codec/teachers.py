@@ -224,13 +224,13 @@ class SpeechTeacher:
         """Args: source: folder or hub id; sample_rate: the manifest's. Raises: ValueError: it cannot be used; one line."""
         from transformers import AutoConfig, AutoFeatureExtractor, AutoModel
 
-        config = _pretrained(AutoConfig, source)
+        config = load_pretrained(AutoConfig, source)
         self.is_whisper = config.model_type == "whisper"
         if not self.is_whisper and not hasattr(config, "feat_extract_norm"):
             raise ValueError(f"{source}: model_type {config.model_type!r}, expected {SUPPORTED}")
         _check_layer(source, layer, config.num_hidden_layers)
-        self.extractor = _pretrained(AutoFeatureExtractor, source)
-        model = _on_device(_pretrained(AutoModel, source, dtype=torch.float32), device)
+        self.extractor = load_pretrained(AutoFeatureExtractor, source)
+        model = _on_device(load_pretrained(AutoModel, source, dtype=torch.float32), device)
         self.model = model.get_encoder() if self.is_whisper else model
         self.source, self.layer, self.device, self.sample_rate = source, layer, device, sample_rate
         self.rate = self.extractor.sampling_rate
@@ -343,14 +343,14 @@ class TextTeacher:
         """Args: source: folder or hub id; sample_rate: the manifest's. Raises: ValueError: it cannot be used; one line."""
         from transformers import AutoModel, AutoTokenizer
 
-        self.tokenizer = _pretrained(AutoTokenizer, source)
+        self.tokenizer = load_pretrained(AutoTokenizer, source)
         if not self.tokenizer.is_fast:
             raise ValueError(f"{source}: {type(self.tokenizer).__name__} does not tell which characters a token is of, "
                              "expected a fast tokenizer; save it with a tokenizer.json")  # fmt: skip
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         self.sink = eos if bos is None else bos
         # A large model in float32 may not fit a GPU; few CPUs compute in bfloat16.
-        model = _pretrained(AutoModel, source, dtype=torch.float32 if device == "cpu" else "auto")
+        model = load_pretrained(AutoModel, source, dtype=torch.float32 if device == "cpu" else "auto")
         config = model.config.get_text_config()
         _check_layer(source, layer, config.num_hidden_layers)
         self.model = _on_device(model, device)
@@ -457,7 +457,7 @@ Teacher = SpeechTeacher | TextTeacher | PitchTeacher
 
 # ---- transformers -----------------------------------------------------------------------------------------
 
-def _pretrained(auto: type, source: str, **arguments: Any) -> Any:
+def load_pretrained(auto: type, source: str, **arguments: Any) -> Any:
     """auto.from_pretrained(source), or one line."""
     try:
         return auto.from_pretrained(source, **arguments)

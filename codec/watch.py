@@ -50,16 +50,16 @@ def gradient_figures(terms: dict[str, Tensor], commit: Tensor, out: CodecOutput,
         commit: the weighted loss of the quantizer.
         out: of the forward in training.
     Returns:
-        `grad_out_NAME`: norm of d term / d wav_hat. `adversary_ratio`: that of adv and feat together over that of all other
-        terms together. `grad_z_signal`, `grad_z_commit`: norms at the latent. `ste_gain`: what the
+        `grad_out_NAME`: norm of d term / d wav_hat. `adversary_ratio`: that of adv and feat together over that of all terms
+        that compare signals. `grad_z_signal`, `grad_z_commit`: norms at the latent. `ste_gain`: what the
         quantizer passes of the signal's gradient over what it should, 1 when right. `commit_reach`: the weakest codebook's
         commitment gradient over the strongest's, 0 where one has none (EMA).
     """
     outputs = {name: torch.autograd.grad(term, out.wav_hat, retain_graph=True)[0] for name, term in terms.items()}
     log = {f"grad_out_{name}": grad.float().norm() for name, grad in outputs.items()}
     critics = [name for name in ("adv", "feat") if name in outputs]
-    if critics and len(critics) < len(outputs):
-        others = sum(grad for name, grad in outputs.items() if name not in critics)
+    if critics and outputs.keys() - {*critics, "whisper"}:
+        others = sum(grad for name, grad in outputs.items() if name not in (*critics, "whisper"))
         log["adversary_ratio"] = sum(outputs[name] for name in critics).float().norm() / others.float().norm()
     if not terms or not out.z.requires_grad:  # nothing but the quantizer is trained, or a frozen encoder
         return log

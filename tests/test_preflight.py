@@ -61,14 +61,20 @@ def signal_of(tmp_path: Path, wavs: list[np.ndarray]) -> list[Check]:
     return check_data([write(tmp_path, f"x{i}", wav, f"s{i}") for i, wav in enumerate(wavs)], [], [], 8000, 600)
 
 
-def test_speech_of_another_level_than_the_model_will_hear_is_named_with_both_mends(clean_split):
+def test_speech_of_another_level_than_the_model_will_hear_is_named_with_both_mends(clean_split, tmp_path):
     plain = found(check_data(clean_split, [], [], 8000, 600), "dB RMS")
     level = float(plain.message.split()[1])
     assert plain.level == "ok"  # nothing is wrong with it by itself
     check = found(check_data(clean_split, [], [], 8000, 600, level_db=level + 6), "dB RMS")
     assert check.level == "warning" and f"model.level_db={level + 6:g}" in check.message
-    assert f"--target_db {level + 6:g}, or model.level_db={level}" in check.mend
+    assert f"--target_db {level + 6:g}; or set model.level_db" in check.mend
     assert found(check_data(clean_split, [], [], 8000, 600, level_db=level + 1), "dB RMS").level == "ok"
+    quiet = [write(tmp_path, f"q{i}", clean(3, seed=i) / 8, f"s{i}") for i in range(6)]
+    assert found(check_data(quiet, [], [], 8000, 600), "dB RMS").level == "warning"
+    assert found(check_data(quiet, [], [], 8000, 600, level_db=round(level - 18)), "dB RMS").level == "ok"  # where it is to be
+    uneven = quiet + [write(tmp_path, f"u{i}", clean(3, seed=i), f"u{i}") for i in range(3)]
+    uneven += [write(tmp_path, f"v{i}", clean(3, seed=i) / 20, f"v{i}") for i in range(3)]
+    assert found(check_data(uneven, [], [], 8000, 600, level_db=round(level - 18)), "dB RMS").level == "warning"
 
 
 # ------------------------------------------------------------------------- arithmetic
@@ -444,6 +450,11 @@ def test_the_script_rehearses_every_phase_says_what_it_costs_and_writes_nothing(
     assert code == 0 and "STOP" not in said and not list(tmp_path.iterdir())
     assert all(text in said for text in ("phase warm-up: gradients at the output wave", "phase adversarial", "at 3 an hour",
                                          "8 steps of 4 x 0.25 s"))  # fmt: skip
+
+
+def test_the_rehearsal_looks_at_the_level_that_the_model_will_hear(manifest, capsys):
+    assert rehearse(tiny_config(["data.n_workers=0", "model.level_db=-50"], manifest), torch.device("cpu"), 0.0) == 0
+    assert "what is to be coded will be brought to model.level_db=-50" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_run_that_should_not_be_started_has_exit_code_1(manifest, capsys):

@@ -281,6 +281,16 @@ def test_a_converted_folder_names_its_source_and_claims_no_training(codec, tmp_p
     assert str(tmp_path) not in card + (tmp_path / "b/config.json").read_text()
 
 
+def test_the_config_that_goes_along_names_no_folder_of_its_author(codec, tmp_path):
+    text = TINY.replace("train: {", f"train: {{init_from: {tmp_path / 'elsewhere'}, ")
+    text = text.replace("losses: {", f"losses: {{whisper_model: {tmp_path / 'whisper'}, ")
+    text = text.replace("MANIFEST", f"{tmp_path}/a.jsonl")
+    save_run(tmp_path / "run", codec, text)
+    assert main(["convert", "--from", str(tmp_path / "run"), "--compact", str(tmp_path / "out")]) == 0
+    written = (tmp_path / "out/config.yaml").read_text()
+    assert "whisper_model: whisper" in written and "init_from: elsewhere" in written and str(tmp_path) not in written
+
+
 def test_a_checkpoint_moved_out_of_its_run_takes_no_name_or_metrics_from_where_it_lies(codec, tmp_path):
     text = TINY.replace("train: {", f"train: {{init_from: {tmp_path / 'elsewhere'}, ")
     checkpoint = save_run(tmp_path / "run", codec, text)

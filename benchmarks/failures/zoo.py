@@ -141,12 +141,13 @@ SECONDS = ["data.manifest=DATA/speech/manifest.jsonl", "data.segment_samples=102
 BASE = ["model.sample_rate=16000", *(f"model.{part}.{key}" for part in ("encoder", "decoder") for key in (
     "hop_length=320", "window_length=480", "n_fft=320")), "data.manifest=DATA/speech/manifest.jsonl"]  # fmt: skip
 AMY = stand_ins("llm", "wavlm", "pitch", hidden_dim=512)
-HEALTHY = {  # config: what scales it to a core and 16 kHz; rates, losses and weights stay the recipe's
+HEALTHY = {  # config: what scales it to a core and 16 kHz; rates, losses and weights stay the recipe's, without a recogniser
     "quickstart": [phases((100, NO_ADVERSARY), (150, {"optim.lr_d": 1e-3}))],
     "base_cpu": [*BASE, phases((150, NO_ADVERSARY), (100, {}))],
     "base": [*BASE, "train.precision=fp32", "data.batch_size=4", *MPD_MRD,
              phases((150, NO_ADVERSARY), (100, {}))],
     "base_cpu_finish": [*BASE, "train.init_from=OUT/base_cpu_SEED", "train.refit_frames=4000", "train.disc_warmup_steps=50",
+                        "loss_weights.whisper=0",
                         phases((250, {}))],
     "telugu_finetune": [*BASE, "train.init_from=OUT/base_cpu_SEED", "train.disc_warmup_steps=20",
                         phases((150, NO_ADVERSARY), (100, {}))],
