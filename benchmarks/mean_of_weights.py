@@ -1,10 +1,11 @@
-"""A mean of a run's weights at two updates, as a run that `train.init_from` and `Codec.from_pretrained` take.
+"""The decoder of a run, mixed with another's, as a run that `train.init_from` and `Codec.from_pretrained` take.
 
-    python benchmarks/mean_of_weights.py RUN EARLIER LATER SHARE OUT     # SHARE of the earlier one's, 0 to 1
+    python benchmarks/mean_of_weights.py RUN OTHER SHARE OUT     # SHARE of OTHER's decoder, 0 to 1
 
-Everything else, discriminators too, is the later one's. For a run that leaves its codebooks as they are: entries of two
-different codebooks have no meaning between them. What it is for: docs/speedrun.md, "What counts as silent".
-`train.keep_last` says how many checkpoints a run keeps.
+OTHER is a checkpoint of the same run, or what the run started from (Wortsman et al. 2022, "Robust fine-tuning of zero-shot
+models"); only weights that come from the same ones can be mixed. Everything else is RUN's: entries of two different codebooks
+have no meaning between them. What it is for: docs/speedrun.md, "A tenth of where it came from". `train.keep_last` says how
+many checkpoints a run keeps.
 """
 
 import argparse
@@ -15,45 +16,47 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
+from codec.checkpoint import find_checkpoint, inference_tensors
+from codec.pretrained import resolve
+
 WEIGHTS = ("model.safetensors", "ema.safetensors")
 
 
-def mean_of_weights(run: Path, earlier: int, later: int, share: float, out: Path) -> None:
-    """Raises ValueError for a share outside 0 to 1, a checkpoint that is missing, or an `out` that exists."""
-    folders = [run / f"checkpoints/step_{step:08d}" for step in (earlier, later)]
+def mean_of_weights(run: Path, other: Path, share: float, out: Path) -> None:
+    """Raises ValueError for a share outside 0 to 1, weights that are missing or of another decoder, or an `out` that exists."""
     if not 0 <= share <= 1:
         raise ValueError(f"SHARE: got {share:g}; expected 0 to 1")
-    for folder in folders:
-        if not folder.is_dir():
-            raise ValueError(f"{folder}: no such checkpoint; train with a larger train.keep_last")
     if out.exists():
         raise ValueError(f"{out}: exists; name another")
+    folder, theirs = find_checkpoint(run), inference_tensors(resolve(other))
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as temporary:
         new = Path(temporary) / "run"
-        shutil.copytree(folders[1], new / "checkpoints" / folders[1].name)
+        shutil.copytree(folder, new / "checkpoints" / folder.name)
         for name in ("metrics.jsonl", "config.yaml"):
             shutil.copy(run / name, new / name)
-        (new / "checkpoints/latest").write_text(folders[1].name + "\n")
+        (new / "checkpoints/latest").write_text(folder.name + "\n")
         for name in WEIGHTS:
-            if not (folders[1] / name).exists():  # a run without averages
+            if not (folder / name).exists():  # a run without averages
                 continue
-            a, b = (load_file(folder / name) for folder in folders)
-            mean = {key: share * a[key] + (1 - share) * b[key] if b[key].is_floating_point() else b[key] for key in b}
-            save_file(mean, new / "checkpoints" / folders[1].name / name)
+            tensors = load_file(folder / name)
+            for key in [key for key in tensors if key.startswith("decoder.")]:
+                if key not in theirs or theirs[key].shape != tensors[key].shape:
+                    raise ValueError(f"{other}: has no {key} of shape {list(tensors[key].shape)}; expected the same decoder")
+                tensors[key] = tensors[key].lerp(theirs[key].to(tensors[key]), share)
+            save_file(tensors, new / "checkpoints" / folder.name / name)
         new.rename(out)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path)
-    parser.add_argument("earlier", type=int)
-    parser.add_argument("later", type=int)
+    parser.add_argument("other", type=Path)
     parser.add_argument("share", type=float)
     parser.add_argument("out", type=Path)
     args = parser.parse_args()
     try:
-        mean_of_weights(args.run, args.earlier, args.later, args.share, args.out)
+        mean_of_weights(args.run, args.other, args.share, args.out)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
