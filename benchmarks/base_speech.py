@@ -8,10 +8,12 @@ The dialogues of one game, fi_*, were recorded poorly, so the second stage, for 
 like, leaves them out:
 
     grep -v '"speaker": "fi_' data/wide/speech/manifest.jsonl > data/wide/speech/clear.jsonl
+    python benchmarks/distillation/teachers.py data/teachers       # a Whisper, for the second stage
     python train_codec_gan.py --config configs/base_cpu.yaml \\
         --set data.manifest=data/wide/speech/manifest.jsonl train.precision=bf16
     python train_codec_gan.py --config configs/base_cpu_finish.yaml \\
         --set data.manifest=data/wide/speech/clear.jsonl train.precision=bf16
+    python benchmarks/mean_of_weights.py runs/base_cpu_finish runs/base_cpu 0.1 runs/base_cpu_mean
 
 es and el are left out of all, for tests. Where packages do not name who speaks, a language of a package counts as a speaker.
 Validation: Danish of tuxpaint, and with --wide the Italian man and the Russian woman of Asterisk's prompts. Those

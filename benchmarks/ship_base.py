@@ -47,6 +47,8 @@ and the dialogues of games; no running speech, no music, no noise, no natural Te
 
 By `evaluate_codec.py` on recordings that no training used; means with 95 % bootstrap intervals over the files. Files of one
 speaker are not independent. Short test sets cannot use every entry: half a minute has 1,500 frames for the 1,024 of a codebook.
+WER is counted by Whisper base, to whose encoder one of the losses listened; phonemes, DistillMOS and the others are heard by
+networks that training did not meet.
 
 {tables}
 
@@ -58,10 +60,12 @@ python benchmarks/base_speech.py data/wide/raw --wide
 python prepare_speaker_data.py data/wide/raw data/wide/speech --sample_rate 24000 --metadata data/wide/raw/metadata.csv \\
     --min_s 0.3 --no_balance
 grep -v '"speaker": "fi_' data/wide/speech/manifest.jsonl > data/wide/speech/clear.jsonl
+python benchmarks/distillation/teachers.py data/teachers    # a Whisper, for the second stage
 python train_codec_gan.py --config configs/base_cpu.yaml \\
     --set data.manifest=data/wide/speech/manifest.jsonl train.precision=bf16
 python train_codec_gan.py --config configs/base_cpu_finish.yaml \\
     --set data.manifest=data/wide/speech/clear.jsonl train.precision=bf16
+python benchmarks/mean_of_weights.py runs/base_cpu_finish runs/base_cpu 0.1 runs/base_cpu_mean
 ```
 
 On {machine}; the second stage took {minutes:.0f} minutes for {step} updates. {history}Curves: `docs/base/`.

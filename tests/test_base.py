@@ -97,10 +97,14 @@ def test_recordings_of_any_level_are_coded_as_if_they_were_of_the_level_of_its_t
 
 
 def test_a_gain_is_of_each_recording_and_1_where_the_model_has_no_level(base):
-    wavs = torch.randn(3, 1, 24000) * torch.tensor([1.0, 1e-3, 0.0])[:, None, None]
+    wavs = torch.randn(3, 1, 24000).clamp(-3, 3) * torch.tensor([1.0, 1e-3, 0.0])[:, None, None]
     torch.testing.assert_close(speech_level_db((base.gain(wavs) * wavs)[:1], 24000), torch.tensor([-16.0]), atol=0.01, rtol=0)
     assert base.gain(wavs)[1:].flatten().tolist() == [100.0, 100.0]  # 40 dB at most
     assert Codec(replace(base.config, level_db=None)).gain(wavs).flatten().tolist() == [1.0, 1.0, 1.0]
+    wavs[1, 0, 500] = 0.5  # a click: what follows tanh could not come back from above 1
+    assert base.gain(wavs)[1].item() == pytest.approx(10 ** (-1 / 20) / 0.5, abs=1e-4)
+    with pytest.raises(ValueError, match=r"codec input has shape \[24000\], expected \[B, 1, T\]"):
+        base.gain(wavs[0, 0])
 
 
 @pytest.mark.parametrize("name", ["base", "base_cpu", "base_cpu_finish", "telugu_finetune"])
