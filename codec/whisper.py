@@ -15,8 +15,8 @@ class WhisperLoss(nn.Module):
     a recogniser does not need, so it goes beside spectra and adversary, at about their gradient.
 
     The items of a batch are put one after the other, as many as fit into the 30 s that Whisper takes, and the encoder runs on
-    so much alone: 6 s cost a fifth of what padding to 30 would. Its log mel spectra are computed at the codec's own rate, with
-    windows and hops of the same duration, so that their bins are the same frequencies and nothing is resampled.
+    so much alone: 6 s are a fifth of the frames of one padded window. Its log mel spectra are computed at the codec's own
+    rate, with windows and hops of the same duration, so that their bins are the same frequencies and nothing is resampled.
 
     A codec trained with it is no longer judged by that Whisper: `evaluate_codec.py --asr_model` should name another.
 
@@ -29,8 +29,9 @@ class WhisperLoss(nn.Module):
     Raises:
         ValueError: no such model, not a Whisper, or without these layers; one line.
 
-    Source: Radford et al. 2023 (Whisper); as a loss of codecs hidden states of WavLM are in Parker et al. 2024, "Scaling
-        transformers for low-bitrate high-quality speech coding".
+    Source: Radford et al. 2023 (Whisper); frozen speech encoders as losses: Hsieh et al. 2021, "Improving perceptual quality
+        by phone-fortified perceptual loss"; of a codec: Parker et al. 2024, "Scaling transformers for low-bitrate high-quality
+        speech coding".
     """
 
     def __init__(self, source: str, layers: tuple[int, ...], sample_rate: int, bf16: bool = False):
