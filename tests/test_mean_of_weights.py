@@ -1,4 +1,4 @@
-"""benchmarks/mean_of_weights.py: the decoder lies between two, all else is the run's own."""
+"""benchmarks/mean_of_weights.py: the decoder lies between two, all else is the run's own unless all is asked for."""
 
 import sys
 from pathlib import Path
@@ -41,10 +41,20 @@ def test_the_decoder_lies_between_and_the_rest_is_the_runs(tmp_path, averaged):
     assert not biases[0].equal(biases[1]) and (tmp_path / "mean/config.yaml").read_text() == "config.yaml"
 
 
+def test_all_of_it_lies_between_when_asked(tmp_path):
+    run, other = save_run(tmp_path / "run", 5, True), save_run(tmp_path / "other", 6, True)
+    mean_of_weights(tmp_path / "run", tmp_path / "other", 0.25, tmp_path / "mean", of_all=True)
+    mean = Codec.from_pretrained(tmp_path / "mean").state_dict()
+    a, b = run.state_dict(), other.state_dict()
+    assert {key.split(".")[0] for key in mean if not a[key].equal(b[key])} == {"encoder", "quantizer", "decoder"}
+    for key in [key for key in mean if key.endswith("bias") or key.startswith("quantizer")]:  # of weights, lengths are apart
+        torch.testing.assert_close(mean[key], 0.75 * a[key] + 0.25 * b[key])
+
+
 def test_what_is_wrong_is_said_and_nothing_is_left(tmp_path):
     save_run(tmp_path / "run", 5, False)
     Codec(tiny_config(["model.decoder.decoder_dim=32"]).model).save_pretrained(tmp_path / "wide")
-    cases = (("run", 1.5, "SHARE: got 1.5"), ("none", 0.5, "none: "), ("wide", 0.5, "has no decoder.*same decoder"))
+    cases = (("run", 1.5, "SHARE: got 1.5"), ("none", 0.5, "none: "), ("wide", 0.5, "has no decoder.*same networks"))
     for other, share, message in cases:
         with pytest.raises(ValueError, match=message):
             mean_of_weights(tmp_path / "run", tmp_path / other, share, tmp_path / "mean")
