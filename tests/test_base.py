@@ -107,7 +107,7 @@ def test_a_gain_is_of_each_recording_and_1_where_the_model_has_no_level(base):
         base.gain(wavs[0, 0])
 
 
-@pytest.mark.parametrize("name", ["base", "base_cpu", "base_cpu_finish", "telugu_finetune"])
+@pytest.mark.parametrize("name", ["base", "base_cpu", "base_cpu_heard", "base_cpu_finish", "telugu_finetune"])
 def test_the_configs_fit_it(base, name):
     assert load_config(ROOT / f"configs/{name}.yaml").model == base.config
 

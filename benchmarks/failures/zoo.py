@@ -149,6 +149,7 @@ HEALTHY = {  # config: what scales it to a core and 16 kHz; rates, losses and we
     "base_cpu_finish": [*BASE, "train.init_from=OUT/base_cpu_SEED", "train.refit_frames=4000", "train.disc_warmup_steps=50",
                         "loss_weights.whisper=0",
                         phases((250, {}))],
+    "base_cpu_heard": [*BASE, "train.init_from=OUT/base_cpu_SEED", "loss_weights.whisper=0", phases((250, NO_ADVERSARY))],
     "telugu_finetune": [*BASE, "train.init_from=OUT/base_cpu_SEED", "train.disc_warmup_steps=20",
                         phases((150, NO_ADVERSARY), (100, {}))],
     "mimi": [*SECONDS, *MIMI_BODY, *MSSTFT, "model.quantizer.n_codebooks=8",
