@@ -4,16 +4,22 @@
     python prepare_speaker_data.py data/wide/raw data/wide/speech --sample_rate 24000 --metadata data/wide/raw/metadata.csv \\
         --min_s 0.3 --no_balance
 
-The dialogues of one game, fi_*, were recorded poorly, so the second stage, for which recordings are what is to be sounded
+The dialogues of one game, fi_*, were recorded poorly, so the last stage, for which recordings are what is to be sounded
 like, leaves them out:
 
     grep -v '"speaker": "fi_' data/wide/speech/manifest.jsonl > data/wide/speech/clear.jsonl
-    python benchmarks/distillation/teachers.py data/teachers       # a Whisper, for the second stage
+    python benchmarks/distillation/teachers.py data/teachers       # a Whisper, for the stages after the first
     python train_codec_gan.py --config configs/base_cpu.yaml \\
         --set data.manifest=data/wide/speech/manifest.jsonl train.precision=bf16
+    python train_codec_gan.py --config configs/base_cpu_heard.yaml \\
+        --set data.manifest=data/wide/speech/manifest.jsonl train.precision=bf16
+    python train_codec_gan.py --config configs/base_cpu_heard.yaml --run_dir runs/base_cpu_louder \\
+        --set data.manifest=data/wide/speech/manifest.jsonl train.precision=bf16 \\
+        train.init_from=runs/base_cpu_heard loss_weights.whisper=1.0
+    python benchmarks/mean_of_weights.py runs/base_cpu_louder runs/base_cpu_heard 0.5 runs/base_cpu_between --all
     python train_codec_gan.py --config configs/base_cpu_finish.yaml \\
         --set data.manifest=data/wide/speech/clear.jsonl train.precision=bf16
-    python benchmarks/mean_of_weights.py runs/base_cpu_finish runs/base_cpu 0.1 runs/base_cpu_mean
+    python benchmarks/mean_of_weights.py runs/base_cpu_finish runs/base_cpu_between 0.2 runs/base_cpu_mean
 
 es and el are left out of all, for tests. Where packages do not name who speaks, a language of a package counts as a speaker.
 Validation: Danish of tuxpaint, and with --wide the Italian man and the Russian woman of Asterisk's prompts. Those

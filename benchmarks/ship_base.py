@@ -39,7 +39,7 @@ CARD = """# The model that comes with the package
 codebooks. It is what `codec encode`, `decode`, `reconstruct` and `Codec.from_pretrained()` use when nothing else is named, and
 what `configs/telugu_finetune.yaml` starts from.
 
-**What it cannot do.** It has heard {hours:.1f} hours, the second stage {last_hours:.1f}, of phrases, words, letters, prompts
+**What it cannot do.** It has heard {hours:.1f} hours, the last stage {last_hours:.1f}, of phrases, words, letters, prompts
 and the dialogues of games; no running speech, no music, no noise, no natural Telugu. {below}It looks ahead
 {ahead_ms:.0f} ms, so it is not for conversations.
 
@@ -60,15 +60,21 @@ python benchmarks/base_speech.py data/wide/raw --wide
 python prepare_speaker_data.py data/wide/raw data/wide/speech --sample_rate 24000 --metadata data/wide/raw/metadata.csv \\
     --min_s 0.3 --no_balance
 grep -v '"speaker": "fi_' data/wide/speech/manifest.jsonl > data/wide/speech/clear.jsonl
-python benchmarks/distillation/teachers.py data/teachers    # a Whisper, for the second stage
+python benchmarks/distillation/teachers.py data/teachers    # a Whisper, for the stages after the first
 python train_codec_gan.py --config configs/base_cpu.yaml \\
     --set data.manifest=data/wide/speech/manifest.jsonl train.precision=bf16
+python train_codec_gan.py --config configs/base_cpu_heard.yaml \\
+    --set data.manifest=data/wide/speech/manifest.jsonl train.precision=bf16
+python train_codec_gan.py --config configs/base_cpu_heard.yaml --run_dir runs/base_cpu_louder \\
+    --set data.manifest=data/wide/speech/manifest.jsonl train.precision=bf16 \\
+    train.init_from=runs/base_cpu_heard loss_weights.whisper=1.0
+python benchmarks/mean_of_weights.py runs/base_cpu_louder runs/base_cpu_heard 0.5 runs/base_cpu_between --all
 python train_codec_gan.py --config configs/base_cpu_finish.yaml \\
     --set data.manifest=data/wide/speech/clear.jsonl train.precision=bf16
-python benchmarks/mean_of_weights.py runs/base_cpu_finish runs/base_cpu 0.1 runs/base_cpu_mean
+python benchmarks/mean_of_weights.py runs/base_cpu_finish runs/base_cpu_between 0.2 runs/base_cpu_mean
 ```
 
-On {machine}; the second stage took {minutes:.0f} minutes for {step} updates. {history}Curves: `docs/base/`.
+On {machine}; the last stage took {minutes:.0f} minutes for {step} updates. {history}Curves: `docs/base/`.
 
 {training}
 
