@@ -71,7 +71,16 @@ python train_codec_gan.py --config configs/base_cpu_heard.yaml --run_dir runs/ba
 python benchmarks/mean_of_weights.py runs/base_cpu_louder runs/base_cpu_heard 0.5 runs/base_cpu_between --all
 python train_codec_gan.py --config configs/base_cpu_finish.yaml \\
     --set data.manifest=data/wide/speech/clear.jsonl train.precision=bf16
-python benchmarks/mean_of_weights.py runs/base_cpu_finish runs/base_cpu_between 0.2 runs/base_cpu_mean
+python train_codec_gan.py --config configs/base_cpu_finish.yaml --run_dir runs/base_cpu_clear \\
+    --set data.manifest=data/wide/speech/clear.jsonl train.precision=bf16 train.init_from=runs/base_cpu_finish \\
+    train.refit_frames=0 train.disc_warmup_steps=0 optim.lr_g=2.5e-4 optim.lr_d=5.0e-4 optim.warmup_steps=50 \\
+    optim.ema_decay=0.998 loss_weights.cspec=10 \\
+    "phases=[{{name: last, steps: 500, set: {{loss_weights.adv: 0.1, loss_weights.feat: 0.4}}}}]"
+python train_codec_gan.py --config configs/base_cpu_finish.yaml --run_dir runs/base_cpu_last \\
+    --set data.manifest=data/wide/speech/clear.jsonl train.precision=bf16 train.init_from=runs/base_cpu_clear \\
+    train.refit_frames=0 train.disc_warmup_steps=0 optim.lr_g=2.5e-4 optim.lr_d=5.0e-4 optim.warmup_steps=50 \\
+    optim.ema_decay=0.998 loss_weights.cspec=20 \\
+    "phases=[{{name: last, steps: 500, set: {{loss_weights.adv: 0.05, loss_weights.feat: 0.2}}}}]"
 ```
 
 On {machine}; the last stage took {minutes:.0f} minutes for {step} updates. {history}Curves: `docs/base/`.
