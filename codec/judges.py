@@ -30,6 +30,7 @@ from codec.pitch import yin
 # that Whisper may write, so that it does not repeat itself for long over noise; its window of 30 s holds 448. Telugu
 # costs it 1.8 a letter, 20 letters are a second of fast speech.
 TOKENS, TOKENS_PER_S, MOST_TOKENS = 20, 60, 430
+QUIET_S = 0.5  # around what Whisper hears: it loses the first words of a recording that begins with speech
 POINT_S = 0.01  # from one measurement of the pitch to the next
 DNSMOS_SAMPLES = 144160  # of its model's input, 9.01 s
 PESQ_S = 20.0
@@ -419,7 +420,9 @@ class Heard(NamedTuple):
 class WhisperJudge:
     """Errors of Whisper's transcript, greedy and thus the same every time, windows of 30 s each by itself.
 
-    In the clip's language where Whisper knows it, else in the one it detects in the uncoded audio.
+    In the clip's language where Whisper knows it, else in the one it detects in the uncoded audio; with half a second of
+    silence on both sides, for without it Whisper loses words of phrases that were cut close, as `prepare_speaker_data.py`
+    cuts them: docs/evaluation.md has how many.
     """
 
     metrics = ("wer", "cer", "wer_uncoded", "cer_uncoded")
@@ -448,8 +451,9 @@ class WhisperJudge:
         """(text, language); without the usual second try at a higher temperature, which draws at random."""
         most = min(round(TOKENS + TOKENS_PER_S * len(wav) / 16000), MOST_TOKENS)
         segments, info = self.model.transcribe(
-            wav, language=language, beam_size=1, temperature=0.0, condition_on_previous_text=False, max_new_tokens=most
-        )
+            np.pad(wav, round(QUIET_S * 16000)), language=language, beam_size=1, temperature=0.0,
+            condition_on_previous_text=False, max_new_tokens=most,
+        )  # fmt: skip
         return normalise_text("".join(segment.text for segment in segments)), info.language
 
 

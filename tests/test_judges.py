@@ -272,7 +272,8 @@ class SmallFakeWhisper:
         self.languages = []
 
     def transcribe(self, wav, language, beam_size, temperature, condition_on_previous_text, max_new_tokens):
-        assert max_new_tokens == min(round(20 + 60 * len(wav) / 16000), 430)  # its window of 30 s holds 448
+        quiet, wav = wav[[*range(8000), *range(-8000, 0)]], wav[8000:-8000]  # half a second on both sides
+        assert not quiet.any() and max_new_tokens == min(round(20 + 60 * len(wav) / 16000), 430)  # its window of 30 s holds 448
         assert wav.dtype == np.float32 and (temperature, condition_on_previous_text) == (0.0, False)
         self.languages.append(language)
         words = " Ёж бежит, быстро".split(" ")[1 : 1 + round(3 * min(1, np.abs(wav).max() / 0.3))]
