@@ -47,8 +47,8 @@ and the dialogues of games; no running speech, no music, no noise, no natural Te
 
 By `evaluate_codec.py` on recordings that no training used; means with 95 % bootstrap intervals over the files. Files of one
 speaker are not independent. Short test sets cannot use every entry: half a minute has 1,500 frames for the 1,024 of a codebook.
-WER is counted by Whisper base, to whose encoder one of the losses listened; phonemes, DistillMOS and the others are heard by
-networks that training did not meet.
+WER is counted by Whisper base, which hears half a second of silence around each file and to whose encoder one of the losses
+listened; phonemes, DistillMOS and the others are heard by networks that training did not meet.
 
 {tables}
 
@@ -136,6 +136,37 @@ def draw_curves(run_dir: Path) -> str:
     return curves.draw(panels, "The run of codec/base, validation", [])
 
 
+def ship(run: Path, evaluations: list[Path], below: str, history: str, machine: str) -> int:
+    """Make `run` the package's model: BASE anew, whole or not at all, and the run's curves. Its number of updates."""
+    checkpoint = find_checkpoint(run)
+    rows = read_metrics(run)
+    step = load_state(checkpoint)["step"]
+    with tempfile.TemporaryDirectory(dir=BASE.parent) as folder:
+        new = Path(folder) / "base"
+        convert(str(run), new, small=True)
+        codec = Codec.from_pretrained(new)
+        training = run_section(checkpoint)
+        manifest, rate = Path(config_of(checkpoint).data.manifest), codec.sample_rate
+        last_hours = sum(u.n_samples for u in read_manifest(manifest, "train", rate)) / rate / 3600
+        hours = json.loads(manifest.with_name("stats.json").read_text())["splits"]["train"]["hours"]
+        results = [json.loads((path / "results.json").read_text()) for path in evaluations]
+        frames = codec.decoder.reach_frames / 2 + (codec.receptive_field_samples / 2) / codec.hop_length
+        card = CARD.format(
+            parameters=n_weights(codec.state_dict()) / 1e6, hours=hours, last_hours=last_hours,
+            below=below + " " * bool(below), history=history + " " * bool(history),
+            ahead_ms=1000 * frames / codec.frame_rate_hz, tables="\n\n".join(table(r) for r in results),
+            machine=machine, minutes=trained_minutes(rows), step=step, training=training.replace("## ", "### "),
+        )  # fmt: skip
+        write_atomically(new / "README.md", card)
+        curves_drawn = draw_curves(run)
+        if BASE.exists():
+            BASE.rename(Path(folder) / "before")
+        new.rename(BASE)
+    (ROOT / "docs/base").mkdir(parents=True, exist_ok=True)
+    write_atomically(ROOT / f"docs/base/{run.name}.svg", curves_drawn)
+    return step
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path)
@@ -144,31 +175,7 @@ def main() -> None:
     parser.add_argument("--history", default="", help="a sentence on how the run differed from the config")
     parser.add_argument("--machine", default="2 CPU cores", help="that trained it")
     args = parser.parse_args()
-    checkpoint = find_checkpoint(args.run)
-    rows = read_metrics(args.run)
-    step = load_state(checkpoint)["step"]
-    with tempfile.TemporaryDirectory(dir=BASE.parent) as folder:
-        new = Path(folder) / "base"
-        convert(str(args.run), new, small=True)
-        codec = Codec.from_pretrained(new)
-        training = run_section(checkpoint)
-        manifest, rate = Path(config_of(checkpoint).data.manifest), codec.sample_rate
-        last_hours = sum(u.n_samples for u in read_manifest(manifest, "train", rate)) / rate / 3600
-        hours = json.loads(manifest.with_name("stats.json").read_text())["splits"]["train"]["hours"]
-        results = [json.loads((path / "results.json").read_text()) for path in args.evaluations]
-        frames = codec.decoder.reach_frames / 2 + (codec.receptive_field_samples / 2) / codec.hop_length
-        card = CARD.format(
-            parameters=n_weights(codec.state_dict()) / 1e6, hours=hours, last_hours=last_hours,
-            below=args.below + " " * bool(args.below), history=args.history + " " * bool(args.history),
-            ahead_ms=1000 * frames / codec.frame_rate_hz, tables="\n\n".join(table(r) for r in results),
-            machine=args.machine, minutes=trained_minutes(rows), step=step, training=training.replace("## ", "### "),
-        )  # fmt: skip
-        write_atomically(new / "README.md", card)
-        if BASE.exists():
-            BASE.rename(Path(folder) / "before")
-        new.rename(BASE)
-    (ROOT / "docs/base").mkdir(exist_ok=True)
-    write_atomically(ROOT / f"docs/base/{args.run.name}.svg", draw_curves(args.run))
+    step = ship(args.run, args.evaluations, args.below, args.history, args.machine)
     print(f"{BASE}: {sum(path.stat().st_size for path in BASE.iterdir()) / 1e6:.1f} MB, step {step}")
 
 
