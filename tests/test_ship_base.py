@@ -60,12 +60,13 @@ def test_the_package_gets_the_run_its_card_and_its_curves(run, package, tmp_path
     out = evaluation(tmp_path / "evaluation")
     assert ship_base.ship(run, [out], "It cannot sing.", "Stopped once.", "one core") == 8
     wav = torch.randn(1, 1, 4000)
-    assert Codec.from_pretrained(package).encode(wav).shape == Codec.from_pretrained(run).encode(wav).shape
+    codes, shipped = (Codec.from_pretrained(folder).encode(wav) for folder in (run, package))
+    assert (codes == shipped).float().mean() > 0.9  # in fp16
     card = (package / "README.md").read_text()
     for said in ("no natural Telugu. It cannot sing. It looks ahead", "On one core;", "Stopped once. Curves:",
                  "has heard 0.2 hours", "2 files, 1.5 minutes, es, te:", "| metric | base, 1 kbps | opus@6 |",
-                 "| kbps on disk | 1.23 | 7.50 |",
-                 "| PESQ-WB | 1.50 [1.41, 1.60] | 2.00 |", "| codebooks used | 50 to 91 % | - |"):  # fmt: skip
+                 "| kbps on disk | 1.23 | 7.50 |", "| PESQ-WB | 1.50 [1.41, 1.60] | 2.00 |",
+                 "| codebooks used | 50 to 91 % | - |"):  # fmt: skip
         assert said in card, said
     assert "speex" not in card and "| WER |" not in card and "older" not in card  # a row that nobody has a value in
     assert "<svg" in (tmp_path / "docs/base/tiny.svg").read_text()
