@@ -454,7 +454,16 @@ class WhisperJudge:
             np.pad(wav, round(QUIET_S * 16000)), language=language, beam_size=1, temperature=0.0,
             condition_on_previous_text=False, max_new_tokens=most,
         )  # fmt: skip
-        return normalise_text("".join(segment.text for segment in segments)), info.language
+        return said_once(normalise_text("".join(segment.text for segment in segments))), info.language
+
+
+def said_once(text: str) -> str:
+    """A normalised transcript without what Whisper repeats: words said four times and more in a row are left there once.
+
+    Decoded greedily, it goes round in circles now and then, to the end of its tokens, and one such sentence can be half of all
+    errors of a test set. OpenAI's code then draws another transcript at random, which is another one every time.
+    """
+    return re.sub(r"\b(.{1,100}?)(?: \1\b){3,}", r"\1", text)
 
 
 def normalise_text(text: str) -> str:

@@ -296,6 +296,20 @@ def test_what_is_heard_is_compared_with_the_text_and_with_the_uncoded_audio(whis
     assert scores(whisper, wav, 0 * wav)["wer"] == 1
 
 
+@pytest.mark.parametrize(("heard", "kept"), [
+    ("un agro a la izquierda y " * 9 + "un agro", "un agro a la izquierda y un agro"),
+    ("означает и" + 50 * " истинный", "означает и истинный"),
+    ("no no no sí", "no no no sí"),  # people do say things three times
+    ("la las las las las letra", "la las letra"),
+    ("a ab a ab a ab ab", "a ab a ab a ab ab"),
+    ("", ""),
+])  # fmt: skip
+def test_what_whisper_repeats_without_end_counts_once(whisper, heard, kept):
+    assert judges.said_once(heard.strip()) == kept
+    whisper.model.transcribe = lambda wav, **options: (iter([SimpleNamespace(text=heard)]), SimpleNamespace(language="es"))
+    assert whisper.prepare(tone(150), CLIP).heard == kept
+
+
 def test_the_language_is_the_clips_else_the_one_of_the_uncoded_audio(whisper):
     for language in ("ru", "te", None):
         whisper.judge(whisper.prepare(tone(150), Clip("a", None, language)), tone(150))
