@@ -47,8 +47,8 @@ and the dialogues of games; no running speech, no music, no noise, no natural Te
 
 By `evaluate_codec.py` on recordings that no training used; means with 95 % bootstrap intervals over the files. Files of one
 speaker are not independent. Short test sets cannot use every entry: half a minute has 1,500 frames for the 1,024 of a codebook.
-WER is counted by Whisper base, which hears half a second of silence around each file and to whose encoder one of the losses
-listened; phonemes, DistillMOS and the others are heard by networks that training did not meet.
+WER is counted by Whisper base, with half a second of silence around each file. One of the losses listened to its encoder;
+phonemes, DistillMOS and the others are heard by networks that training did not meet.
 
 {tables}
 

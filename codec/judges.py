@@ -440,7 +440,7 @@ class WhisperJudge:
     def prepare(self, wav: np.ndarray, clip: Clip) -> Heard:
         language = clip.language if clip.language in self.model.supported_languages else None
         heard, language = self._transcribe(_audible(wav, "uncoded audio"), language)
-        return Heard(normalise_text(clip.text or ""), heard, language)
+        return Heard(said_once(normalise_text(clip.text or "")), heard, language)
 
     def judge(self, kept: Heard, wav_hat: np.ndarray) -> dict[str, float | str]:
         heard, _ = self._transcribe(_finite(wav_hat, "output"), kept.language)
@@ -463,7 +463,8 @@ def said_once(text: str) -> str:
     Decoded greedily, it goes round in circles now and then, to the end of its tokens, and one such sentence can be half of all
     errors of a test set. OpenAI's code then draws another transcript at random, which is another one every time.
     """
-    return re.sub(r"\b(.{1,100}?)(?: \1\b){3,}", r"\1", text)
+    # whole words by the spaces around them: \b would end one before an Indic vowel sign
+    return re.sub(r"(?<!\S)(\S.{0,99}?)(?: \1(?!\S)){3,}", r"\1", text)
 
 
 def normalise_text(text: str) -> str:

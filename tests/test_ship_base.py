@@ -73,8 +73,10 @@ def test_the_package_gets_the_run_its_card_and_its_curves(run, package, tmp_path
     assert [path.name for path in package.parent.iterdir()] == ["base"]
 
 
-def test_what_fails_leaves_the_package_as_it_was(run, package, tmp_path):
-    with pytest.raises(FileNotFoundError):
-        ship_base.ship(run, [tmp_path / "none"], "", "", "one core")
+@pytest.mark.parametrize("breaks", ["table", "draw_curves"])
+def test_what_fails_leaves_the_package_as_it_was(run, package, tmp_path, monkeypatch, breaks):
+    monkeypatch.setattr(ship_base, breaks, lambda of: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        ship_base.ship(run, [evaluation(tmp_path / "evaluation")], "", "", "one core")
     assert (package / "README.md").read_text() == "older"
     assert [path.name for path in package.parent.iterdir()] == ["base"] and not (tmp_path / "docs").exists()
