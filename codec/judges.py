@@ -461,7 +461,8 @@ def said_once(text: str) -> str:
     """A normalised transcript without what Whisper repeats: words said four times and more in a row are left there once.
 
     Decoded greedily, it goes round in circles now and then, to the end of its tokens, and one such sentence can be half of all
-    errors of a test set. OpenAI's code then draws another transcript at random, which is another one every time.
+    errors of a test set. OpenAI's code then draws another transcript at random, which is another one every time. Where words
+    have no spaces between them (ja, th, zh) nothing is found.
     """
     # whole words by the spaces around them: \b would end one before an Indic vowel sign
     return re.sub(r"(?<!\S)(\S.{0,99}?)(?: \1(?!\S)){3,}", r"\1", text)
