@@ -523,12 +523,13 @@ def load_initial(folder: Path, t: Training, config: Config) -> tuple[bool, range
     """Start from the codec of a checkpoint or pretrained folder, and from its discriminators where they are the config's.
 
     Returns:
-        Whether the discriminators came along, else they stay fresh; and the prosodic codebooks that the codec lacked.
+        Whether the discriminators came along, else they stay fresh; and the codebooks that the codec lacked.
     """
     model, added = read_model(folder), range(0)
     codec, tensors = unwrap(t.codec), inference_tensors(folder)
     if can_grow(model, config.model) and grown(model, config.model) != model:
-        added = range(model.quantizer.n_first, config.model.quantizer.n_first)
+        count = "n_first" if model.quantizer.n_first else "n_codebooks"
+        added = range(getattr(model.quantizer, count), getattr(config.model.quantizer, count))
         tensors = grow(tensors, codec.state_dict(), model.quantizer.n_first)
         model = grown(model, config.model)
     refuse_other_model(model, config.model, f"train.init_from={folder}", Path(__file__).parent / "configs")

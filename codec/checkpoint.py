@@ -194,10 +194,10 @@ def load_into(module: torch.nn.Module, tensors: dict[str, Tensor], where: str) -
 
 
 def grow(tensors: dict[str, Tensor], fresh: dict[str, Tensor], n_first: int) -> dict[str, Tensor]:
-    """A codec's tensors with the shapes of another's that has more prosodic codebooks, fewer acoustic ones, or semantic blocks.
+    """A codec's tensors with the shapes of another's that has more or fewer codebooks, or semantic blocks.
 
     Args:
-        tensors: of a codec whose first residual VQ has `n_first` codebooks.
+        tensors: of a codec whose first residual VQ, where it has two, has `n_first` codebooks.
         fresh: of the codec to start; its values stay where `tensors` has none.
     """
     taken = {}
@@ -210,6 +210,8 @@ def grow(tensors: dict[str, Tensor], fresh: dict[str, Tensor], n_first: int) -> 
             taken[name] = torch.cat([tensors[name], value[n_first:]])
         elif name in tensors and tensors[name].shape[1:] == value.shape[1:]:
             taken[name] = tensors[name][: len(value)] if value.ndim else tensors[name]
+            if not n_first and name.startswith("quantizer.") and len(value) > len(taken[name]):
+                taken[name] = torch.cat([taken[name], value[len(taken[name]) :]])
     return taken
 
 

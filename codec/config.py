@@ -482,10 +482,13 @@ def fitting_configs(model: ModelConfig, folder: str | Path) -> list[str]:
 
 
 def can_grow(there: ModelConfig, here: ModelConfig) -> bool:
-    """Whether weights of a split quantizer can go on with more prosodic or fewer acoustic codebooks (`checkpoint.grow`)."""
+    """Whether weights can go on with another number of codebooks (`checkpoint.grow`): of a split quantizer with more prosodic
+    or fewer acoustic ones, else with more or fewer at the end."""
     a, b = there.quantizer, here.quantizer
-    if not a.type == b.type == "ema" or not 0 < a.n_semantic == b.n_semantic:
+    if not a.type == b.type == "ema" or a.n_semantic != b.n_semantic:
         return False
+    if not a.n_first and not b.n_first:
+        return True
     if a.semantic_blocks not in (0, b.semantic_blocks) or a.semantic_inputs not in ("shared", b.semantic_inputs):
         return False
     return a.n_prosodic <= b.n_prosodic and a.n_codebooks - a.n_first >= b.n_codebooks - b.n_first

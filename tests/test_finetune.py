@@ -163,6 +163,30 @@ def test_the_codebooks_are_not_started_anew(manifest, source, tmp_path, capsys):
     assert not torch.allclose(t.codec.quantizer.codebooks, there["quantizer.codebooks"], atol=1e-2)
 
 
+def test_further_codebooks_start_on_what_those_there_leave_over(manifest, source, tmp_path, capsys):
+    config = settings(manifest, f"train.init_from={source}", "model.quantizer.n_codebooks=5", "phases.0.steps=1",
+                      "phases.1.steps=0")  # fmt: skip
+    t = build(config, CPU)
+    _, added = load_initial(find_checkpoint(source), t, config)
+    start_codebooks(t.codec, train_codec_gan.open_data(config)[0].segments, config, CPU, added)
+    before, after = Codec.from_pretrained(source).quantizer, t.codec.eval().quantizer
+    assert torch.equal(after.codebooks[:3], before.codebooks)
+    latents = t.codec.encoder(batch())
+    distances = after(latents).distances.mean(0)
+    torch.testing.assert_close(distances[:3], before(latents).distances.mean(0))
+    assert (distances.diff() < 0).all()  # known wrong: entries of a fresh codec, which add to what is left
+    train(config, tmp_path / "run", False, CPU)
+    assert "codebooks 3, 4 are new: k-means on what those before them leave over" in capsys.readouterr().err
+
+
+def test_a_codec_goes_on_with_fewer_codebooks(manifest, source):
+    config = settings(manifest, "model.quantizer.n_codebooks=2")
+    t = build(config, CPU)
+    assert load_initial(find_checkpoint(source), t, config) == (True, range(3, 2))
+    before = Codec.from_pretrained(source)
+    assert torch.equal(t.codec.eval().encode(batch()), before.encode(batch())[:, :2])
+
+
 REFIT = ["train.refit_frames=2000", "train.freeze=[encoder,quantizer]", "model.quantizer.beam=4"]
 
 
