@@ -1,11 +1,11 @@
 """The codec file: magic, version, JSON header, bit-packed codes, CRC-32. No pickle.
 
     4 bytes   magic "NSCF"
-    2 bytes   version, little endian: 1, or 2 where the header has a gain
+    2 bytes   version, little endian: 1, 2 where the header has a gain, 3 where the payload is entropy coded
     4 bytes   length of the header, little endian
     header    JSON object, the fields of CodecFileHeader
     payload   codes, frame after frame and within a frame codebook after codebook, each in ceil(log2 K) bits,
-              least significant bit first; the last byte is filled up with zeros
+              least significant bit first; the last byte is filled up with zeros. Of version 3: as `codec.prior` writes it
     4 bytes   CRC-32 of everything before, little endian
 """
 
@@ -16,7 +16,7 @@ import os
 import re
 import struct
 import zlib
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -25,9 +25,12 @@ import torch
 from torch import Tensor
 
 from codec.files import write_atomically
+from codec.prior import IntegerPrior
+from codec.rans import least_bits
 
 MAGIC = b"NSCF"
-VERSION = 2
+VERSION = 3
+ADDED = {2: ("gain",), 3: ("prior", "n_bytes")}  # fields of the header that versions before had not
 PREFIX = struct.Struct("<4sHI")
 CRC = struct.Struct("<I")
 MAX_HEADER_BYTES = 64 * 1024
@@ -48,6 +51,8 @@ class CodecFileHeader:
         n_frames: T'.
         model_id: hex string that names the codebooks the codes point into.
         gain: what the audio was multiplied by before it was coded.
+        prior: hex string that names what the codes were entropy coded by; "" where they are packed.
+        n_bytes: of the entropy coded payload; 0 where it is packed.
     """
 
     sample_rate: int
@@ -58,11 +63,13 @@ class CodecFileHeader:
     n_frames: int
     model_id: str
     gain: float = 1.0
+    prior: str = ""
+    n_bytes: int = 0
 
     @property
     def payload_bytes(self) -> int:
-        """Size of the packed codes."""
-        return -(-self.n_codebooks * self.n_frames * code_bits(self.codebook_size) // 8)
+        """Size of the codes as they are in the file."""
+        return self.n_bytes if self.prior else -(-self.n_codebooks * self.n_frames * code_bits(self.codebook_size) // 8)
 
 
 def code_bits(codebook_size: int) -> int:
@@ -114,15 +121,20 @@ def unpack_bits(packed: np.ndarray, bits: int, n: int) -> np.ndarray:
     return values.reshape(-1)[:n]
 
 
-def write_codes(path: str | Path, codes: Tensor, header: CodecFileHeader) -> None:
+def write_codes(
+    path: str | Path, codes: Tensor, header: CodecFileHeader, prior: IntegerPrior | None = None
+) -> CodecFileHeader:
     """Write a codec file, atomically.
 
     Args:
         path: file to write; its folder is made if missing.
         codes: [N, T'] integers in [0, codebook_size).
         header: must agree with the codes' shape.
+        prior: what to entropy code them by; default: they are packed.
+    Returns:
+        The header as it is in the file.
     Raises:
-        ValueError: a header field is out of range, or codes and header disagree.
+        ValueError: a header field is out of range, or codes, header and prior disagree.
     """
     where = str(path)
     _check_header(where, asdict(header))
@@ -131,30 +143,46 @@ def write_codes(path: str | Path, codes: Tensor, header: CodecFileHeader) -> Non
             f"{where}: codes are {tuple(codes.shape)}, the header says "
             f"{(header.n_codebooks, header.n_frames)} codebooks and frames"
         )
-    values = codes.detach().cpu().numpy().T.reshape(-1)
+    values = codes.detach().cpu().numpy()
     low, high = values.min(), values.max()
     if low < 0 or high >= header.codebook_size:
         raise ValueError(f"{where}: codes from {low} to {high}, expected 0 to {header.codebook_size - 1}")
-    values_of_header = asdict(header)
-    version = VERSION if header.gain != 1 else 1
-    if version == 1:
-        del values_of_header["gain"]  # so that older programs read it
-    text = json.dumps(values_of_header, separators=(",", ":")).encode()
-    body = PREFIX.pack(MAGIC, version, len(text)) + text
-    body += pack_bits(values, code_bits(header.codebook_size)).tobytes()
+    if prior is None:
+        payload = pack_bits(values.T.reshape(-1), code_bits(header.codebook_size)).tobytes()
+        header = replace(header, prior="", n_bytes=0)
+    else:
+        _check_prior(where, header, prior)
+        payload = prior.write(values)
+        header = replace(header, prior=prior.id, n_bytes=len(payload))
+    version = 3 if header.prior else 2 if header.gain != 1 else 1  # the least, so that older programs read it
+    text = json.dumps({name: value for name, value in asdict(header).items() if name in _names(version)}, separators=(",", ":"))
+    body = PREFIX.pack(MAGIC, version, len(text)) + text.encode() + payload
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, body + CRC.pack(zlib.crc32(body)))
+    return header
 
 
-def read_codes(path: str | Path) -> tuple[Tensor, CodecFileHeader]:
+def read_header(path: str | Path) -> CodecFileHeader:
+    """The header of a codec file, whose payload is not looked at.
+
+    Raises:
+        ValueError: as `read_codes`.
+    """
+    with _open(str(path)) as file:
+        return _read_header(str(path), file)[0]
+
+
+def read_codes(path: str | Path, prior: IntegerPrior | None = None) -> tuple[Tensor, CodecFileHeader]:
     """Read a codec file. Nothing is allocated for what a header claims before the file's size bears it out.
 
     Args:
         path: file to read.
+        prior: what its codes were entropy coded by, where they were.
     Returns:
         codes int64 [N, T'] and the header.
     Raises:
-        ValueError: not a codec file, of a later version, truncated, damaged, or with fields out of range.
+        ValueError: not a codec file, of a later version, truncated, damaged, with fields out of range, or entropy coded by
+            another prior.
     """
     where = str(path)
     with _open(where) as file:
@@ -165,6 +193,12 @@ def read_codes(path: str | Path) -> tuple[Tensor, CodecFileHeader]:
     crc = zlib.crc32(body)
     if crc != written:
         raise ValueError(f"{where}: damaged: CRC-32 {crc:08x}, expected {written:08x}; fetch the file again")
+    if header.prior:
+        _check_prior(where, header, prior)
+        try:
+            return torch.from_numpy(prior.read(body[start:], header.n_codebooks, header.n_frames)), header
+        except ValueError as error:
+            raise ValueError(f"{where}: damaged: {error}") from None
     packed = np.frombuffer(body, np.uint8, offset=start)
     values = unpack_bits(packed, code_bits(header.codebook_size), header.n_codebooks * header.n_frames)
     if values.max() >= header.codebook_size:
@@ -209,9 +243,7 @@ def _read_header(where: str, file: BinaryIO) -> tuple[CodecFileHeader, int]:
         values = json.loads(text)
     except (ValueError, RecursionError):
         raise ValueError(f"{where}: damaged: the header is not JSON") from None
-    if version == 1 and isinstance(values, dict):
-        values["gain"] = None if "gain" in values else 1.0  # that version had none
-    header = _check_header(where, values)
+    header = _check_header(where, values, version)
     expected = PREFIX.size + n_bytes + header.payload_bytes + CRC.size
     if size != expected:
         what = "truncated" if size < expected else "bytes after its end"
@@ -219,13 +251,30 @@ def _read_header(where: str, file: BinaryIO) -> tuple[CodecFileHeader, int]:
     return header, PREFIX.size + n_bytes
 
 
-def _check_header(where: str, values: object) -> CodecFileHeader:
+def _names(version: int) -> list[str]:
+    """Fields of a header of this version."""
+    later = [name for first, names in ADDED.items() if first > version for name in names]
+    return [field.name for field in fields(CodecFileHeader) if field.name not in later]
+
+
+def _check_prior(where: str, header: CodecFileHeader, prior: IntegerPrior | None) -> None:
+    """Refuse codes that this prior cannot write or read."""
+    if prior is None or header.prior not in ("", prior.id):
+        which = "none is there" if prior is None else f"the codec's is {prior.id}"
+        raise ValueError(f"{where}: entropy coded by prior {header.prior}, {which}; decode with the prior.safetensors that "
+                         "lay beside the weights then")  # fmt: skip
+    if header.n_codebooks > prior.n_codebooks or header.codebook_size != prior.codebook_size:
+        raise ValueError(f"{where}: {header.n_codebooks} codebooks of {header.codebook_size} entries, the prior knows "
+                         f"{prior.n_codebooks} of {prior.codebook_size}")  # fmt: skip
+
+
+def _check_header(where: str, values: object, version: int = VERSION) -> CodecFileHeader:
     """The header from untrusted JSON."""
-    names = [field.name for field in fields(CodecFileHeader)]
+    names = _names(version)
     if not isinstance(values, dict) or sorted(values) != sorted(names):
         raise ValueError(f"{where}: damaged: the header's fields are not exactly {', '.join(names)}")
     header = CodecFileHeader(**values)
-    for name in names[:-2]:
+    for name in names[: names.index("model_id")]:
         value = values[name]
         if type(value) is not int or not 0 < value < 2**63:
             raise ValueError(f"{where}: header {name}={str(value)[:40]!r}, expected a positive integer")
@@ -236,6 +285,12 @@ def _check_header(where: str, values: object) -> CodecFileHeader:
         raise ValueError(f"{where}: header model_id={str(model_id)[:40]!r}, expected 1 to 64 hex digits")
     if type(header.gain) not in (int, float) or not LEAST_GAIN <= header.gain <= MOST_GAIN:
         raise ValueError(f"{where}: header gain={str(header.gain)[:40]!r}, expected a number from {LEAST_GAIN} to {MOST_GAIN}")
+    if type(header.prior) is not str or not re.fullmatch("[0-9a-f]{0,64}", header.prior):
+        raise ValueError(f"{where}: header prior={str(header.prior)[:40]!r}, expected hex digits")
+    if type(header.n_bytes) is not int or not 0 <= header.n_bytes < 2**63 or bool(header.n_bytes) != bool(header.prior):
+        raise ValueError(f"{where}: header n_bytes={str(header.n_bytes)[:40]!r}, expected the size of what a prior coded")
+    if header.prior and header.n_codebooks * header.n_frames * least_bits(header.codebook_size) > 8 * header.n_bytes:
+        raise ValueError(f"{where}: header n_bytes={header.n_bytes}, too few for {header.n_frames} frames")
     if header.n_samples > header.n_frames * header.hop_length:
         raise ValueError(
             f"{where}: header n_samples={header.n_samples}, expected at most "

@@ -1,4 +1,4 @@
-"""The `codec` command: encode, decode, reconstruct, info, convert, features, align, probe, doctor."""
+"""The `codec` command: encode, decode, reconstruct, info, convert, prior, features, align, probe, doctor."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import math
 import sys
 from pathlib import Path
 
-from codec import align, doctor, probe, teachers
+from codec import align, doctor, prior, probe, teachers
 from codec.audio import load_audio, save_audio
-from codec.bitstream import CodecFileHeader, is_codec_file, read_codes, write_codes
+from codec.bitstream import CodecFileHeader, is_codec_file, read_codes, read_header, write_codes
 from codec.card import n_weights
 from codec.checkpoint import load_state
 from codec.convert import convert as convert_weights
@@ -47,14 +47,14 @@ def encode(options: argparse.Namespace) -> None:
         model_id=codec.model_id,
         gain=round(gain.item(), 4),
     )
-    write_codes(options.output, codes, header)
+    known = None if options.packed else prior.load(resolve(options.checkpoint, options.which), codec.model_id)
+    header = write_codes(options.output, codes, header, known)
     print(f"{options.output}: {_rate_line(options.output, header)}")
 
 
 def decode(options: argparse.Namespace) -> None:
     """Codec file to audio file."""
-    codes, header = read_codes(options.input)
-    codec = _load(options)
+    header, codec = read_header(options.input), _load(options)
     if header.model_id != codec.model_id:
         raise ValueError(
             f"{options.input}: coded by model {header.model_id}, {options.checkpoint} is model "
@@ -63,6 +63,8 @@ def decode(options: argparse.Namespace) -> None:
     for name, limit in (("n_codebooks", codec.n_codebooks), ("codebook_size", codec.codebook_size)):
         if getattr(header, name) > limit:
             raise ValueError(f"{options.input}: {name}={getattr(header, name)}, the model has {limit}")
+    known = prior.load(resolve(options.checkpoint, options.which), codec.model_id) if header.prior else None
+    codes, _ = read_codes(options.input, known)
     wav_hat = codec.decode_long(codes[None].to(options.device), header.n_samples)[0]
     save_audio(options.output, wav_hat / header.gain, codec.sample_rate)
     print(f"{options.output}: {wav_hat.shape[-1] / codec.sample_rate:.2f} s at {codec.sample_rate} Hz")
@@ -97,7 +99,7 @@ def convert(options: argparse.Namespace) -> None:
 
 def _file_lines(path: Path) -> dict[str, str]:
     """Description of a codec file."""
-    _, header = read_codes(path)
+    header = read_header(path)
     return {
         "codec file": str(path),
         "model": header.model_id,
@@ -105,6 +107,7 @@ def _file_lines(path: Path) -> dict[str, str]:
         "frame rate": f"{header.sample_rate / header.hop_length:g} Hz (hop length {header.hop_length})",
         "codebooks": f"{header.n_codebooks} x {header.codebook_size} entries",
         "frames": str(header.n_frames),
+        "codes": f"entropy coded by prior {header.prior}" if header.prior else "packed",
         "gain": f"{20 * math.log10(header.gain):+.1f} dB before coding",
         "content": _rate_line(path, header),
     }
@@ -186,6 +189,9 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("output", type=Path, help=help_out)
         command.add_argument("--checkpoint", default=BASE, help=CODEC_HELP + OR_BASE)
         command.add_argument("--device", default="cpu", help="cpu (default), cuda, ...")
+        if run is encode:
+            command.add_argument("--packed", action="store_true",
+                                 help="every code in the same number of bits, though the codec has a prior (`codec prior`)")
         if run is not decode:
             command.add_argument("--n_codebooks", type=int, help="use only the first so many (default all)")
         _add_which(command)
@@ -202,7 +208,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--compact", action="store_true", help="fp16, with the config and discriminators of a run beside")
     _add_which(command)
     command.set_defaults(run=convert)
-    for module in (teachers, align, probe, doctor):
+    for module in (prior, teachers, align, probe, doctor):
         module.add_command(commands)
     return parser
 

@@ -16,6 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from codec import prior
 from codec.card import model_card, n_weights, run_section, source_section
 from codec.checkpoint import discriminators_learned, inference_tensors, load_state, load_tensors, misfits
 from codec.config import (
@@ -33,7 +34,7 @@ from codec.config import (
     to_dict,
 )
 from codec.files import write_atomically
-from codec.model import state_names
+from codec.model import Codec, state_names
 from codec.pretrained import (
     CONVERTIBLE,
     NORM,
@@ -89,6 +90,8 @@ def convert(source: str, out: str | Path, to: str = "codec", which: str = "lates
         model, tensors = read_model(folder), inference_tensors(folder)
         if small and (folder / "config.yaml").is_file():
             beside = run_files(folder)
+        if to == "codec" and (folder / prior.FILE).is_file():
+            beside |= prior_file(folder, small)
         if (folder / "state.json").is_file():
             about["step"], training = load_state(folder)["step"], run_section(folder)
             if folder.resolve().parent.name == "checkpoints":
@@ -106,7 +109,7 @@ def convert(source: str, out: str | Path, to: str = "codec", which: str = "lates
             f"{fitting or 'a config that has the model section of its config.json'}")  # fmt: skip
 
 
-def run_files(folder: Path) -> dict[str, dict[str, Tensor] | str]:
+def run_files(folder: Path) -> dict[str, dict[str, Tensor] | str | bytes]:
     """What fine-tuning wants of a checkpoint: its config, without private paths, and discriminators that learned, in fp16."""
     path = folder / "config.yaml"
     config = parse_config(path.read_text(encoding="utf-8"), str(path))
@@ -120,6 +123,14 @@ def run_files(folder: Path) -> dict[str, dict[str, Tensor] | str]:
     if discriminators_learned(folder, config):
         beside["discriminators.safetensors"] = compact(load_tensors(folder / "discriminators.safetensors"))
     return beside
+
+
+def prior_file(folder: Path, small: bool) -> dict[str, bytes]:
+    """The prior of a codec, as that of the codec it becomes: fp16 moves no codebook so far that other codes are likely."""
+    codec = Codec.from_pretrained(folder)
+    known = prior.load(folder, codec.model_id)
+    model_id = (codec.half().float() if small else codec).model_id
+    return {prior.FILE: prior.file_bytes(prior.IntegerPrior(known.tensors, model_id))}
 
 
 # -------------------------------------------------------------------------- the tables of names

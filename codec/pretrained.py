@@ -6,8 +6,9 @@ A pretrained folder is what one publishes:
     model.safetensors   by the names of Codec(model).state_dict(), weight norm in place: training can go on from it
     README.md           the model card
 
-A compact one holds its tensors in fp16 and can also hold config.yaml and discriminators.safetensors, so that training goes
-on with the same adversary. The one that comes with this package can be called "base".
+With prior.safetensors beside them codec files are smaller (`codec prior`). A compact one holds its tensors in fp16 and can
+also hold config.yaml and discriminators.safetensors, so that training goes on with the same adversary. The one that comes
+with this package can be called "base".
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ BASE = Path(__file__).parent / "base"
 CONVERTIBLE = ("dac", "encodec", "mimi")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 HUB_FILES = ("config.json", WEIGHTS, WEIGHTS + ".index.json", "config.yaml", "state.json", "ema.safetensors",
-             "discriminators.safetensors")  # fmt: skip
+             "discriminators.safetensors", "prior.safetensors")  # fmt: skip
 NORM = ".parametrizations.weight.original"  # NORM + "0" is the gain g, NORM + "1" the direction v
 
 
@@ -114,13 +115,13 @@ def read_model(folder: Path) -> ModelConfig:
 
 
 def write_pretrained(path: str | Path, model: ModelConfig, tensors: dict[str, Tensor], card: str, about: dict,
-                     beside: dict[str, dict[str, Tensor] | str] | None = None) -> None:  # fmt: skip
+                     beside: dict[str, dict[str, Tensor] | str | bytes] | None = None) -> None:  # fmt: skip
     """Write a pretrained folder whole.
 
     Args:
         tensors: by the names of Codec(model).state_dict(), weight norm in place.
         about: what else config.json tells: "source", "step".
-        beside: further files by name, tensors or text.
+        beside: further files by name: tensors, text or bytes.
     Raises:
         ValueError: path exists and is not an empty folder.
     """
@@ -128,7 +129,7 @@ def write_pretrained(path: str | Path, model: ModelConfig, tensors: dict[str, Te
     with new_folder(path) as folder:
         texts = {"config.json": json.dumps(config, indent=1) + "\n", "README.md": card}
         for name, content in {WEIGHTS: tensors, **texts, **(beside or {})}.items():
-            if isinstance(content, str):
+            if isinstance(content, str | bytes):
                 write_atomically(folder / name, content)
             else:
                 save_file({key: value.detach().cpu().contiguous() for key, value in content.items()}, folder / name)

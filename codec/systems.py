@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from codec import classical
+from codec import classical, prior
 from codec.audio import resample_array
 from codec.bitstream import CodecFileHeader, write_codes
 from codec.checkpoint import load_state
@@ -27,7 +27,7 @@ from codec.config import ModelConfig, to_dict
 from codec.model import Codec
 from codec.pretrained import public_name, read_model, resolve
 
-OUR_CODE = ("model", "encoder", "decoder", "lapped", "layers", "rvq", "spectral", "metrics")  # modules that code and decode
+OUR_CODE = ("model", "encoder", "decoder", "lapped", "layers", "rvq", "spectral", "metrics", "prior", "rans")  # what codes
 
 
 class System(NamedTuple):
@@ -72,6 +72,7 @@ class NeuralCodec(NamedTuple):
     encode: Callable[[Tensor, int], Tensor]  # wav [1, 1, T], n -> codes [1, n, T']
     decode: Callable[[Tensor], Tensor]  # codes [1, n, T'] -> wav_hat [1, 1, T' x hop]
     gain: Callable[[Tensor], Tensor]  # wav [1, 1, T] -> [1, 1, 1], by which it is multiplied before
+    prior: prior.IntegerPrior | None = None  # what its files are entropy coded by
 
     @property
     def frame_rate_hz(self) -> float:
@@ -96,10 +97,11 @@ def open_neural(kind: str, source: str) -> NeuralCodec:
 
 def _open_ours(source: str) -> NeuralCodec:
     codec = Codec.from_pretrained(source)
+    known = prior.load(resolve(source), codec.model_id)
     return NeuralCodec(
         codec.sample_rate, codec.hop_length, codec.codebook_size, trained_counts(codec.config),
-        _fingerprint(codec, to_dict(codec.config)), sum(p.numel() for p in codec.parameters()),
-        codec.encode_long, codec.decode_long, codec.gain,
+        _fingerprint(codec, {**to_dict(codec.config), "prior": known and known.id}), sum(p.numel() for p in codec.parameters()),
+        codec.encode_long, codec.decode_long, codec.gain, known,
     )  # fmt: skip
 
 
@@ -308,7 +310,7 @@ def _decode(model: NeuralCodec, codes: Tensor, n_samples: int, gain: float, name
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "a.codec")
-        write_codes(path, codes[0], header)
+        header = write_codes(path, codes[0], header, model.prior)
         return Coded(wav_hat, model.sample_rate, path.stat().st_size, header.payload_bytes, codes[0].numpy())
 
 

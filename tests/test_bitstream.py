@@ -17,9 +17,11 @@ from codec.bitstream import (
     is_codec_file,
     pack_bits,
     read_codes,
+    read_header,
     unpack_bits,
     write_codes,
 )
+from codec.prior import CodePrior, IntegerPrior, rounded
 
 HEADER = CodecFileHeader(
     sample_rate=24000,
@@ -30,6 +32,8 @@ HEADER = CodecFileHeader(
     n_frames=10,
     model_id="0123456789abcdef",
 )
+
+PACKED = {name: value for name, value in asdict(HEADER).items() if name not in ("prior", "n_bytes")}  # as version 2 has it
 
 
 def random_codes(header: CodecFileHeader, seed: int = 0) -> torch.Tensor:
@@ -77,7 +81,8 @@ def test_a_written_file_reads_back_with_ceil_log2_bits_a_code(tmp_path, codebook
     write_codes(path, codes, header)
     read, read_header = read_codes(path)
     assert torch.equal(read, codes) and read.dtype == torch.int64 and read_header == header
-    text = json.dumps({key: value for key, value in asdict(header).items() if key != "gain"}, separators=(",", ":"))
+    text = json.dumps({**{key: value for key, value in PACKED.items() if key != "gain"}, "codebook_size": codebook_size},
+                      separators=(",", ":"))  # fmt: skip
     assert code_bits(codebook_size) == int(np.ceil(np.log2(codebook_size)))
     payload = -(-30 * code_bits(codebook_size) // 8)
     assert path.stat().st_size == PREFIX.size + len(text) + payload + 4
@@ -126,8 +131,8 @@ def test_the_checksum_is_what_catches_a_flipped_code(tmp_path):
 
 
 def test_a_later_version_asks_for_an_update(tmp_path):
-    write_raw(tmp_path / "a.codec", asdict(HEADER), version=3)
-    with pytest.raises(ValueError, match="written by version 3, this is version 2; update"):
+    write_raw(tmp_path / "a.codec", asdict(HEADER), version=4)
+    with pytest.raises(ValueError, match="written by version 4, this is version 3; update"):
         read_codes(tmp_path / "a.codec")
 
 
@@ -138,17 +143,71 @@ def test_a_gain_reads_back_and_without_one_the_file_is_what_older_programs_read(
     write_codes(plain, codes, HEADER)
     assert [path.read_bytes()[4] for path in (loud, plain)] == [2, 1] and b"gain" not in plain.read_bytes()
     assert read_codes(loud)[1] == replace(HEADER, gain=0.2512) and read_codes(plain)[1] == HEADER
-    write_raw(tmp_path / "a.codec", {key: value for key, value in asdict(HEADER).items() if key != "gain"})
+    write_raw(tmp_path / "a.codec", {key: value for key, value in PACKED.items() if key != "gain"})
     with pytest.raises(ValueError, match="fields are not exactly"):
         read_codes(tmp_path / "a.codec")
-    write_raw(tmp_path / "a.codec", asdict(HEADER), version=1)
-    with pytest.raises(ValueError, match="header gain='None'"):
-        read_codes(tmp_path / "a.codec")
+    for version, values in ((1, PACKED), (2, asdict(HEADER))):
+        write_raw(tmp_path / "a.codec", values, version=version)
+        with pytest.raises(ValueError, match="fields are not exactly"):
+            read_codes(tmp_path / "a.codec")
+
+
+# ------------------------------------------------------------------------------ entropy coded
+
+
+@pytest.fixture(scope="module")
+def prior():
+    torch.manual_seed(0)
+    return IntegerPrior(rounded(CodePrior(torch.randn(3, 1000, 8), torch.ones(8))), HEADER.model_id)
+
+
+def test_an_entropy_coded_file_reads_back_by_the_prior_that_wrote_it_only(tmp_path, prior):
+    path, codes = tmp_path / "a.codec", random_codes(HEADER)
+    written = write_codes(path, codes, HEADER, prior)
+    assert written == replace(HEADER, prior=prior.id, n_bytes=written.payload_bytes) and path.read_bytes()[4] == 3
+    read, header = read_codes(path, prior)
+    assert torch.equal(read, codes) and read.dtype == torch.int64 and header == read_header(path) == written
+    other = IntegerPrior({name: value + 1 for name, value in prior.tensors.items()}, HEADER.model_id)
+    for wrong in (None, other):
+        with pytest.raises(ValueError, match=f"a.codec: entropy coded by prior {prior.id}, "):
+            read_codes(path, wrong)
+
+
+def test_a_prior_of_other_codebooks_writes_no_file(tmp_path, prior):
+    header = replace(HEADER, n_codebooks=4)
+    for wrong in (header, replace(HEADER, codebook_size=1024)):
+        with pytest.raises(ValueError, match="the prior knows 3 of 1000"):
+            write_codes(tmp_path / "a.codec", random_codes(wrong), wrong, prior)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_damage_to_an_entropy_coded_file_is_refused_in_one_line(tmp_path, prior):
+    path = tmp_path / "a.codec"
+    write_codes(path, random_codes(HEADER), HEADER, prior)
+    whole = path.read_bytes()
+    damaged = [whole[:length] for length in range(len(whole))] + [whole + b"\0"]
+    damaged += [whole[:i] + bytes([whole[i] ^ 1]) + whole[i + 1 :] for i in range(len(whole))]
+    for data in damaged:
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match="a.codec: ") as error:
+            read_codes(path, prior)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("change", [{"prior": ""}, {"prior": 1}, {"n_bytes": 0}, {"n_bytes": True}, {"n_bytes": 41},
+                                    {"prior": "g"}, {"n_frames": 10**6}, {"n_frames": 2**62}], ids=str)  # fmt: skip
+def test_header_fields_of_an_entropy_coded_file_are_refused_too(tmp_path, prior, change, monkeypatch):
+    values = {**asdict(HEADER), "prior": prior.id, "n_bytes": 40}
+    monkeypatch.setattr(IntegerPrior, "read", lambda *_: pytest.fail("reached the payload"))
+    write_raw(tmp_path / "a.codec", {**values, **change}, b"\0" * 40, version=3)
+    with pytest.raises(ValueError, match="a.codec: ") as error:
+        read_codes(tmp_path / "a.codec", prior)
+    assert len(str(error.value)) < 400
 
 
 @pytest.mark.parametrize("claim", [{"n_frames": 10**12}, {"n_codebooks": 10**12}, {"n_frames": 2**62}])
 def test_a_claim_of_a_million_million_frames_allocates_nothing(tmp_path, claim, monkeypatch):
-    write_raw(tmp_path / "a.codec", {**asdict(HEADER), **claim}, b"\0" * 38)
+    write_raw(tmp_path / "a.codec", {**PACKED, **claim}, b"\0" * 38)
     monkeypatch.setattr("codec.bitstream.unpack_bits", lambda *_: pytest.fail("reached the payload"))
     with pytest.raises(ValueError, match="truncated"):
         read_codes(tmp_path / "a.codec")
@@ -185,7 +244,7 @@ def test_a_claim_of_a_million_million_frames_allocates_nothing(tmp_path, claim, 
     ids=str,
 )
 def test_header_fields_out_of_range_or_ill_typed_are_refused(tmp_path, change):
-    write_raw(tmp_path / "a.codec", {**asdict(HEADER), **change}, b"\0" * 38)
+    write_raw(tmp_path / "a.codec", {**PACKED, **change}, b"\0" * 38)
     with pytest.raises(ValueError, match="header") as error:
         read_codes(tmp_path / "a.codec")
     assert len(str(error.value)) < 400

@@ -1,0 +1,351 @@
+"""How likely each code is, given those before it: what makes codec files smaller (`codec prior`).
+
+Codes are not independent: neighbouring frames resemble each other, and so do the codebooks of one frame. `CodePrior` is a
+small network that says how likely each entry is, given the frames before and the codebooks before it in its own frame.
+An arithmetic coder (`codec/rans.py`) turns that into bits. No code changes: the audio is the same, to the bit.
+
+Encoder and decoder must get exactly the same probabilities, or all that follows is noise, and floating point is not the same on
+two machines (nor in two batch sizes on one). So the trained network is rounded to whole numbers (`IntegerPrior`). These
+are held in float64, where sums and products below 2**53 are exact in whatever order a BLAS adds them.
+
+Source: entropy coding of codes by a network, Défossez et al. 2022 (EnCodec), section 3.3, whose transformer runs in floating
+point; networks in integers for it, Ballé, Johnston and Minnen 2019, "Integer networks for data compression with
+latent-variable models". A convolution over two frames in place of a transformer, and entries that score themselves by where
+they lie, so that there is no output matrix to learn, are ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import math
+import random
+import time
+from decimal import Context, Decimal
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import safetensors.numpy
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from codec.audio import load_audio
+from codec.data import read_manifest
+from codec.files import write_atomically
+from codec.model import Codec
+from codec.pretrained import resolve
+from codec.rans import TOTAL, SymbolReader, write_symbols
+
+FILE = "prior.safetensors"
+N_PAST = 2  # frames that are seen
+DIM, HEAD_DIM = 192, 96
+SEGMENT_FRAMES = 512  # coded by itself, so that many are read at once
+ONE, WEIGHT_ONE = 2**8, 2**12  # what stands for 1.0 among numbers that flow, and among weights
+MOST = 2**15 - 1  # of both
+NATS = 12  # less likely than the likeliest by more counts as this
+BATCH_FRAMES, RATE = 1024, 3e-3
+MOST_ENTRIES = TOTAL // 16  # of a codebook: the least frequency of each, together, wastes little
+HELD_OUT = 20  # every twentieth recording is kept back to measure on
+
+
+class CodePrior(nn.Module):
+    """The network that is trained.
+
+    Codes are seen as their entries: sums over codebooks, in units of what such sums vary by. The score of an entry e is
+    a b(e) + c(e), where b(e) is its place and its squared length, so that a Gaussian around any point can be said.
+
+    Args:
+        codebooks: [N, K, d], whose entries add up to a latent.
+        spread: [d], standard deviation of such sums.
+    """
+
+    def __init__(self, codebooks: Tensor, spread: Tensor):
+        super().__init__()
+        n, k, d = codebooks.shape
+        entries = codebooks.float() / spread
+        places = torch.cat([entries, entries.square().sum(2, keepdim=True)], 2)
+        self.register_buffer("entries", whole(entries, ONE) / ONE)
+        self.register_buffer("places", whole(places / places.std((1, 2), keepdim=True), ONE) / ONE)  # as the integers will be
+        self.first, self.second = nn.Linear(N_PAST * d, DIM), nn.Linear(DIM, DIM)
+        self.to_heads = nn.ModuleList(nn.Linear(DIM, HEAD_DIM) for _ in range(n))
+        self.from_sum = nn.ModuleList(nn.Linear(d, HEAD_DIM, bias=False) for _ in range(n))
+        self.to_place = nn.ModuleList(nn.Linear(HEAD_DIM, d + 1) for _ in range(n))
+        self.bias = nn.Parameter(torch.zeros(n, k))
+
+    def forward(self, codes: Tensor, past: Tensor) -> Tensor:
+        """Nats that each code takes, mean over frames [n], of codes [M, n] whose frames before are past [M, N_PAST x d]."""
+        x = F.relu(self.second(F.relu(self.first(past))))
+        nats, total = [], torch.zeros_like(past[:, : self.entries.shape[2]])
+        for i, code in enumerate(codes.T):
+            head = F.relu(self.to_heads[i](x) + self.from_sum[i](total))
+            nats.append(F.cross_entropy(self.to_place[i](head) @ self.places[i].T + self.bias[i], code))
+            total = total + self.entries[i][code]
+        return torch.stack(nats)
+
+
+def whole(x: Tensor, one: int) -> Tensor:
+    """x in units of 1 / one, rounded."""
+    return (x * one).round()
+
+
+class IntegerPrior:
+    """The trained network in whole numbers.
+
+    Args:
+        tensors: int16, as `rounded` gives them.
+        model_id: of the codec whose codes it knows.
+    """
+
+    def __init__(self, tensors: dict[str, np.ndarray], model_id: str):
+        self.model_id = model_id
+        self.tensors = {name: np.ascontiguousarray(value, dtype="<i2") for name, value in tensors.items()}
+        digest = hashlib.sha256(model_id.encode())
+        for name, value in sorted(self.tensors.items()):
+            digest.update(f"{name}{value.shape}".encode() + value.tobytes())
+        self.id = digest.hexdigest()[:16]
+        numbers = {name: value.astype(np.float64) for name, value in self.tensors.items()}
+        self.entries, self.bias = numbers["entries"], numbers["bias"]
+        self.first, self.second = ((numbers[f"{name}.weight"].T, numbers[f"{name}.bias"]) for name in ("first", "second"))
+        self.to_heads, self.from_sum, self.to_place = (numbers[name].swapaxes(1, 2) for name in
+                                                       ("to_heads", "from_sum", "to_place"))  # fmt: skip
+        self.head_bias, self.place_bias = numbers["to_heads.bias"], numbers["to_place.bias"]
+        self.places = numbers["places"].swapaxes(1, 2)
+
+    @property
+    def n_codebooks(self) -> int:
+        return self.entries.shape[0]
+
+    @property
+    def codebook_size(self) -> int:
+        return self.entries.shape[1]
+
+    def seen(self, past: np.ndarray) -> np.ndarray:
+        """What the frames before say: past [M, N_PAST x d] to [M, DIM]."""
+        return rectified(rectified(past @ self.first[0], self.first[1]) @ self.second[0], self.second[1])
+
+    def frequencies(self, i: int, seen: np.ndarray, total: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of codebook i in M frames, where `total` [M, d] sums up the entries before it.
+
+        Returns:
+            frequencies and their running sums, int64 [M, K]; they add up to `rans.TOTAL`, and none is 0.
+        """
+        head = rectified(seen @ self.to_heads[i] + total @ self.from_sum[i], self.head_bias[i])
+        place = shifted(head @ self.to_place[i], self.place_bias[i])
+        scores = np.floor(place @ self.places[i] / ONE) + self.bias[i]
+        below = np.minimum(scores.max(1, keepdims=True) - scores, NATS * ONE).astype(np.int64)
+        shares = exponentials()[below]
+        frequencies = 1 + shares * (TOTAL - shares.shape[1]) // shares.sum(1, keepdims=True)
+        frequencies[np.arange(len(scores)), scores.argmax(1)] += TOTAL - frequencies.sum(1)
+        return frequencies, frequencies.cumsum(1)
+
+    def write(self, codes: np.ndarray) -> bytes:
+        """Codes [n, T'] of the first n codebooks to bytes: of all segments but the last their length, then all of them."""
+        segments = [self._write_segment(codes[:, first : first + SEGMENT_FRAMES])
+                    for first in range(0, codes.shape[1], SEGMENT_FRAMES)]  # fmt: skip
+        lengths = np.array([len(segment) for segment in segments[:-1]], "<u4")
+        return lengths.tobytes() + b"".join(segments)
+
+    def _write_segment(self, codes: np.ndarray) -> bytes:
+        n, n_frames = codes.shape
+        sums = sum(self.entries[i][codes[i]] for i in range(n))
+        padded = np.concatenate([np.zeros((N_PAST, sums.shape[1])), sums])
+        seen = self.seen(np.concatenate([padded[N_PAST - 1 - lag : len(padded) - 1 - lag] for lag in range(N_PAST)], 1))
+        starts, own = np.empty((2, n_frames, n), np.int64)
+        total, frames = np.zeros_like(sums), np.arange(n_frames)
+        for i in range(n):
+            frequencies, ends = self.frequencies(i, seen, total)
+            own[:, i] = frequencies[frames, codes[i]]
+            starts[:, i] = ends[frames, codes[i]] - own[:, i]
+            total += self.entries[i][codes[i]]
+        return write_symbols(starts.reshape(-1), own.reshape(-1))
+
+    def read(self, data: bytes, n_codebooks: int, n_frames: int) -> np.ndarray:
+        """Inverse of `write`, int64 [n_codebooks, n_frames]; all segments are read side by side.
+
+        Raises:
+            ValueError: these bytes are not so many codes.
+        """
+        n_segments = -(-n_frames // SEGMENT_FRAMES)
+        if len(data) < 4 * (n_segments - 1):
+            raise ValueError("the codes end too early")
+        lengths = np.frombuffer(data, "<u4", n_segments - 1)
+        bounds = 4 * len(lengths) + np.concatenate([[0], lengths.cumsum(dtype=np.int64)])
+        readers = [SymbolReader(data[start:end]) for start, end in zip(bounds, [*bounds[1:], len(data)])]
+        codes = np.zeros((n_segments, n_codebooks, min(SEGMENT_FRAMES, n_frames)), np.int64)
+        last_frames = n_frames - (n_segments - 1) * SEGMENT_FRAMES
+        past = np.zeros((n_segments, N_PAST, self.entries.shape[2]))
+        for frame in range(codes.shape[2]):
+            m = n_segments if frame < last_frames else n_segments - 1  # segments that have this frame
+            seen, total = self.seen(past[:m].reshape(m, -1)), np.zeros((m, self.entries.shape[2]))
+            for i in range(n_codebooks):
+                frequencies, ends = self.frequencies(i, seen, total)
+                for segment, reader in enumerate(readers[:m]):
+                    code = ends[segment].searchsorted(reader.slot, "right")
+                    frequency = int(frequencies[segment, code])
+                    reader.take(int(ends[segment, code]) - frequency, frequency)
+                    codes[segment, i, frame] = code
+                total += self.entries[i][codes[:m, i, frame]]
+            past[:m] = np.concatenate([total[:, None], past[:m, :-1]], 1)
+        if not all(reader.at_end for reader in readers):
+            raise ValueError("the codes do not end where their bytes do")
+        return codes.swapaxes(0, 1).reshape(n_codebooks, -1)[:, :n_frames]
+
+
+def shifted(x: np.ndarray, bias: np.ndarray) -> np.ndarray:
+    """Products of numbers and weights back among numbers, biased and clipped."""
+    return np.clip(np.floor(x / WEIGHT_ONE) + bias, -MOST, MOST)
+
+
+def rectified(x: np.ndarray, bias: np.ndarray) -> np.ndarray:
+    return np.maximum(shifted(x, bias), 0)
+
+
+@functools.cache
+def exponentials() -> np.ndarray:
+    """exp(-i / ONE) in units of 1 / TOTAL for i up to NATS x ONE, by decimal arithmetic, which no platform rounds otherwise."""
+    context = Context(prec=20)
+    return np.array([int(context.exp(Decimal(-i) / ONE) * TOTAL) for i in range(NATS * ONE + 1)], np.int64)
+
+
+# ------------------------------------------------------------------------------ training
+
+
+class Frames(NamedTuple):
+    """Codes of many recordings, one after the other."""
+
+    codes: Tensor  # [M, N]
+    place: Tensor  # [M], of a frame in its recording
+
+
+def fit(codec: Codec, recordings: list[Tensor], minutes: float) -> tuple[IntegerPrior, dict[int, tuple[float, float]]]:
+    """Train a prior on what `codec` makes of recordings, each [1, 1, T] at its level.
+
+    Returns:
+        The prior, and by numbers of codebooks that the codec was trained for the kbps of recordings that were kept back:
+        packed, and coded by the prior.
+    Raises:
+        ValueError: a quantizer whose entries do not add up or are too many, or too few recordings; one line.
+    """
+    from codec.systems import trained_counts  # which imports this module
+
+    config = codec.config.quantizer
+    if config.type != "ema" or config.semantic_inputs == "own":
+        raise ValueError(f"quantizer.type={config.type}: its entries do not add up to a latent; expected ema, shared inputs")
+    if config.codebook_size > MOST_ENTRIES:
+        raise ValueError(f"quantizer.codebook_size={config.codebook_size}: expected at most {MOST_ENTRIES}")
+    if len(recordings) < 2:
+        raise ValueError(f"{len(recordings)} recordings to learn from, expected 2 and more")
+    coded = [codec.encode_long(wav)[0].T.cpu() for wav in recordings]
+    held_out, kept = coded[::HELD_OUT], [codes for index, codes in enumerate(coded) if index % HELD_OUT]
+    frames = Frames(torch.cat(kept), torch.cat([torch.arange(len(codes)) for codes in kept]))
+    codebooks, counts = codec.quantizer.codebooks.float().cpu(), trained_counts(codec.config)
+    sums = sum(F.embedding(frames.codes[:, i], codebooks[i]) for i in range(len(codebooks)))
+    torch.manual_seed(0)
+    prior = CodePrior(codebooks, sums.std(0).clamp(min=1e-6))
+    train(prior, frames, counts, 60 * minutes)
+    integers = IntegerPrior(rounded(prior), codec.model_id)
+    seconds = sum(map(len, held_out)) / codec.frame_rate_hz
+    rates = {}
+    for n in counts:
+        n_bytes = sum(len(integers.write(codes.T[:n].numpy())) for codes in held_out)
+        rates[n] = (codec.bitrate_kbps * n / codec.n_codebooks, 8 * n_bytes / seconds / 1000)
+    return integers, rates
+
+
+def train(prior: CodePrior, frames: Frames, counts: list[int], seconds: float) -> None:
+    """Maximum likelihood by AdamW and a cosine that ends after so many seconds; half of the batches have all codebooks."""
+    sums = {n: sum(prior.entries[i][frames.codes[:, i]] for i in range(n)) for n in counts}
+    optimizer = torch.optim.AdamW(prior.parameters(), RATE, weight_decay=0.01)
+    start, step, rng = time.monotonic(), 0, random.Random(0)
+    while (done := (time.monotonic() - start) / seconds) < 1:
+        for group in optimizer.param_groups:
+            group["lr"] = RATE * min(1, (step + 1) / 100) * (0.02 + 0.49 * (1 + math.cos(math.pi * done)))
+        n = rng.choice([counts[-1], rng.choice(counts)])
+        index = torch.randint(len(frames.codes), (BATCH_FRAMES,))
+        past = [sums[n][(index - lag).clamp(min=0)] * (frames.place[index] >= lag)[:, None] for lag in range(1, N_PAST + 1)]
+        loss = prior(frames.codes[index, :n], torch.cat(past, 1)).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        step += 1
+
+
+@torch.no_grad()
+def rounded(prior: CodePrior) -> dict[str, np.ndarray]:
+    """The tensors of an `IntegerPrior`."""
+    layers = {f"{name}.{kind}": [getattr(layer, kind) for layer in getattr(prior, name)]
+              for name in ("to_heads", "from_sum", "to_place") for kind in ("weight", "bias")}  # fmt: skip
+    stacked = {name: torch.stack(parts) for name, parts in layers.items() if parts[0] is not None}
+    weights = {"first.weight": prior.first.weight, "second.weight": prior.second.weight}
+    weights |= {name.removesuffix(".weight"): value for name, value in stacked.items() if name.endswith(".weight")}
+    numbers = {"entries": prior.entries, "places": prior.places, "bias": prior.bias, "first.bias": prior.first.bias,
+               "second.bias": prior.second.bias}  # fmt: skip
+    numbers |= {name: value for name, value in stacked.items() if name.endswith(".bias")}
+    units = [(weights, WEIGHT_ONE), (numbers, ONE)]
+    return {name: whole(value, one).clamp(-MOST, MOST).numpy().astype(np.int16) for group, one in units
+            for name, value in group.items()}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------ beside the weights
+
+
+def file_bytes(prior: IntegerPrior) -> bytes:
+    """What FILE holds."""
+    return safetensors.numpy.save(prior.tensors, {"model_id": prior.model_id})
+
+
+def load(folder: Path, model_id: str) -> IntegerPrior | None:
+    """The prior in a codec's folder; None if there is none.
+
+    Raises:
+        ValueError: it belongs to other codebooks, or cannot be read; one line.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, "np") as file:
+            belongs_to = (file.metadata() or {}).get("model_id")
+        tensors = safetensors.numpy.load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: cannot be read ({str(error).splitlines()[0]}); make it anew by `codec prior`") from None
+    if belongs_to != model_id:
+        raise ValueError(f"{path}: knows codes of model {belongs_to}, this one is {model_id}; make it anew by `codec prior`, "
+                         "or remove it")  # fmt: skip
+    return IntegerPrior(tensors, model_id)
+
+
+def add_command(commands: argparse._SubParsersAction) -> None:
+    """`codec prior`."""
+    about = "Learn which codes are likely, so that the files of this codec get smaller; the audio stays the same, to the bit."
+    command = commands.add_parser("prior", help=about, description=about)
+    command.add_argument("checkpoint", help="a run, checkpoint or pretrained folder; the prior is written into it")
+    command.add_argument("manifest", type=Path, help="manifest.jsonl, whose training split is coded")
+    command.add_argument("--hours", type=float, default=3.0, help="of its speech, drawn at random (default 3)")
+    command.add_argument("--minutes", type=float, default=8.0, help="of training, after the coding (default 8)")
+    command.add_argument("--device", default="cpu", help="where speech is coded: cpu (default), cuda, ...")
+    command.add_argument("--which", choices=("latest", "best"), default="latest", help="checkpoint of a run")
+    command.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Fit a prior and put it beside the weights."""
+    folder = resolve(options.checkpoint, options.which)
+    codec = Codec.from_pretrained(folder)
+    utterances = read_manifest(options.manifest, "train", codec.sample_rate)
+    random.Random(0).shuffle(utterances)
+    wanted, recordings = options.hours * 3600 * codec.sample_rate, []
+    for utterance in utterances:
+        if sum(wav.shape[-1] for wav in recordings) >= wanted:
+            break
+        wav = load_audio(utterance.path, codec.sample_rate)[None]
+        recordings.append(codec.gain(wav) * wav)
+    prior, rates = fit(codec.to(options.device), [wav.to(options.device) for wav in recordings], options.minutes)
+    write_atomically(folder / FILE, file_bytes(prior))
+    for n, (packed, coded) in rates.items():
+        print(f"{n} codebooks: {packed:.2f} kbps packed, {coded:.2f} coded, {100 * (1 - coded / packed):.0f} % less")
+    print(f"{folder / FILE}: written; files of this codec are coded by it from now on")
