@@ -562,20 +562,23 @@ def open_data(config: Config) -> tuple[DistilledSegments, DistilledSegments]:
     return tuple(DistilledSegments(part, teachers, hop_length, sample_rate) for part in (train_set, val_set))
 
 
-def look_before(config: Config, segments: DistilledSegments, val_segments: DistilledSegments, max_s: float) -> list[Check]:
-    """What preflight says of data and arithmetic; reads at most so many seconds of audio."""
+def look_before(
+    config: Config, device: torch.device, segments: DistilledSegments, val_segments: DistilledSegments, max_s: float
+) -> list[Check]:
+    """What preflight says of data, arithmetic and precision; reads at most so many seconds of audio."""
     train_utterances, sample_rate = segments.segments.utterances, config.model.sample_rate
     val = [] if val_segments.segments.utterances is train_utterances else val_segments.segments.utterances
     test = read_manifest(config.data.manifest, "test", sample_rate)
     pieces, _ = preflight.read_pieces(train_utterances, sample_rate, max_s / 2)
     return [*preflight.check_data(train_utterances, val, test, sample_rate, max_s, config.model.level_db),
-            *preflight.check_arithmetic(config, train_utterances, [wav for _, wav in pieces])]  # fmt: skip
+            *preflight.check_arithmetic(config, train_utterances, [wav for _, wav in pieces]),
+            *preflight.check_precision(config.train.precision, device)]  # fmt: skip
 
 
 def rehearse(config: Config, device: torch.device, price_per_hour: float) -> int:
     """`--preflight`: all its checks, with real updates that are thrown away; 1 where one says stop, else 0."""
     segments, val_segments = open_data(config)
-    checks = look_before(config, segments, val_segments, PREFLIGHT_S)
+    checks = look_before(config, device, segments, val_segments, PREFLIGHT_S)
     t = build(config, device, segments.teachers)
     if config.train.init_from:
         load_initial(resolve(config.train.init_from), t, config)
@@ -631,7 +634,7 @@ def train(config: Config, run_dir: Path, resume: bool, device: torch.device) -> 
     segments, val_segments = open_data(config)
     if main:
         fixed["data_copies"] = preflight.copied_share(segments.segments.utterances, config.model.sample_rate, BRIEF_S)
-        tell(preflight.render(look_before(config, segments, val_segments, BRIEF_S), brief=True))
+        tell(preflight.render(look_before(config, device, segments, val_segments, BRIEF_S), brief=True))
 
     # Model: where the last run left it, or another run's, or a new one
     t, added = build(config, device, segments.teachers), range(0)

@@ -412,6 +412,16 @@ def envelope(wav: np.ndarray, sample_rate: int) -> np.ndarray:
     return np.lib.stride_tricks.sliding_window_view(padded, width, axis=1).mean(-1).ravel()
 
 
+def check_precision(precision: str, device: torch.device) -> list[Check]:
+    """bf16 on a CPU without instructions for it, which then takes number by number; none where all is well."""
+    cpu = getattr(torch.cpu, "get_capabilities", dict)()
+    without = cpu.get("architecture") == "x86_64" and not (cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
+    if precision != "bf16" or device.type != "cpu" or not without:
+        return []
+    return [Check("arithmetic", "warning", "this CPU has no instructions for train.precision=bf16: on a Zen 3 updates take "
+                  "28 times as long", "train.precision=fp32")]  # fmt: skip
+
+
 # ----------------------------------------------------------------------------- config
 
 

@@ -20,6 +20,7 @@ from codec.preflight import (
     check_arithmetic,
     check_config,
     check_data,
+    check_precision,
     check_resources,
     envelope,
     flat_samples,
@@ -94,6 +95,16 @@ def test_an_epoch_of_a_hundred_steps_and_a_long_run_pass():
     config = tiny_config(["data.segments_per_epoch=400", "phases.1.steps=5000"])
     checks = check_arithmetic(config, LONG_FILES, [])
     assert found(checks, "an epoch of").level == "ok" and found(checks, "published").level == "ok"
+
+
+@pytest.mark.parametrize(("cpu", "device", "precision", "warns"), [
+    ({"avx512_bf16": False, "amx_bf16": False}, "cpu", "bf16", True), ({"avx512_bf16": True}, "cpu", "bf16", False),
+    ({}, "cuda", "bf16", False), ({}, "cpu", "fp32", False),
+])  # fmt: skip
+def test_bf16_is_warned_of_on_a_cpu_that_has_no_instructions_for_it(cpu, device, precision, warns, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "x86_64", **cpu})
+    checks = check_precision(precision, torch.device(device))
+    assert [check.mend for check in checks] == ["train.precision=fp32"] * warns
 
 
 def test_audio_seen_is_counted_in_hours_and_times_over_the_data():
