@@ -22,6 +22,7 @@ from codec.files import write_atomically
 from codec.model import Codec
 from codec.pretrained import BASE
 from codec.runlog import read_metrics
+from codec.systems import trained_counts
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks/failures"))
@@ -35,9 +36,10 @@ PANELS = {"val/mel_step": "val/mel, dB", "val/snr_db_step": "val/snr_db", "val/a
 
 CARD = """# The model that comes with the package
 
-24 kHz speech to 50 frames a second of 3, 6 or 12 codes of 10 bits (1.5, 3 or 6 kbps) and back; {parameters:.2f}M parameters and
-codebooks. It is what `codec encode`, `decode`, `reconstruct` and `Codec.from_pretrained()` use when nothing else is named, and
-what `configs/telugu_finetune.yaml` starts from.
+24 kHz speech to 50 frames a second of {counts} codes of 10 bits and back, {rates} kbps in the files of the first table,
+whose codes are entropy coded; {parameters:.2f}M parameters and codebooks. It is what `codec encode`,
+`decode`, `reconstruct` and `Codec.from_pretrained()` use when nothing else is named, and what `configs/telugu_finetune.yaml`
+starts from.
 
 **What it cannot do.** It has heard {hours:.1f} hours, the last stage {last_hours:.1f}, of phrases, words, letters, prompts
 and the dialogues of games; no running speech, no music, no noise, no natural Telugu. {below}It looks ahead
@@ -101,12 +103,13 @@ def table(results: dict) -> str:
     systems = results["systems"]
     ours = [s for s in systems if s["family"] == systems[0]["family"]]
     shown = ours + [s for s in systems if s["family"] == "opus" or s["name"] == "uncoded"]
-    names = [f"base, {s['nominal_kbps']:g} kbps" if s in ours else s["name"] for s in shown]
+    names = [f"base, {s['setting'].split()[0]} codes" if s in ours else s["name"] for s in shown]
     test_set, metrics = results["test_set"], results["metrics"]
     languages = ", ".join(sorted({language for language in test_set["languages"] if language}))
     lines = [f"{len(test_set['files'])} files, {test_set['seconds'] / 60:.1f} minutes, {languages}:", "",
              "| metric | " + " | ".join(names) + " |", "|---|" + "---|" * len(shown),
-             "| kbps on disk | " + " | ".join(f"{s['kbps']:.2f}" if s["kbps"] else "-" for s in shown) + " |"]  # fmt: skip
+             "| kbps on disk | " + " | ".join(f"{s['kbps']:.2f}" if s["kbps"] else "-" for s in shown) + " |",
+             "| of which codes | " + " | ".join(f"{s['payload_kbps']:.2f}" if s["payload_kbps"] else "-" for s in shown) + " |"]
     for key in METRICS:
         cells = [cell(s["means"].get(key), metrics[key]["digits"]) for s in shown] if key in metrics else ["-"]
         if set(cells) != {"-"}:
@@ -114,6 +117,12 @@ def table(results: dict) -> str:
     if any(s.get("codebooks") for s in ours):
         lines.append(f"| codebooks used | {' | '.join(used(s.get('codebooks')) for s in shown)} |")
     return "\n".join(lines)
+
+
+def listed(items: list) -> str:
+    """1, 2 or 3"""
+    *before, last = map(str, items)
+    return f"{', '.join(before)} or {last}" if before else last
 
 
 def cell(figures: dict | None, digits: int) -> str:
@@ -150,8 +159,11 @@ def ship(run: Path, evaluations: list[Path], below: str, history: str, machine: 
         last_hours = sum(u.n_samples for u in read_manifest(manifest, "train", rate)) / rate / 3600
         hours = json.loads(manifest.with_name("stats.json").read_text())["splits"]["train"]["hours"]
         results = [json.loads((path / "results.json").read_text()) for path in evaluations]
+        systems = results[0]["systems"]
+        rates = [f"{s['payload_kbps']:.1f}" for s in systems if s["family"] == systems[0]["family"]]
         frames = codec.decoder.reach_frames / 2 + (codec.receptive_field_samples / 2) / codec.hop_length
         card = CARD.format(
+            counts=listed(trained_counts(codec.config)), rates=listed(rates),
             parameters=n_weights(codec.state_dict()) / 1e6, hours=hours, last_hours=last_hours,
             below=below + " " * bool(below), history=history + " " * bool(history),
             ahead_ms=1000 * frames / codec.frame_rate_hz, tables="\n\n".join(table(r) for r in results),

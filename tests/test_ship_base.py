@@ -19,10 +19,11 @@ RESULTS = {
     "test_set": {"files": ["a.wav", "b.wav"], "seconds": 90.0, "languages": ["te", None, "es"]},
     "metrics": {"pesq_wb": {"title": "PESQ-WB", "digits": 2}, "wer": {"title": "WER", "digits": 3}},
     "systems": [
-        {"name": "tiny@1", "family": "tiny", "nominal_kbps": 1.0, "kbps": 1.234, "codebooks": [{"used": 0.5}, {"used": 0.914}],
+        {"name": "tiny@1", "family": "tiny", "setting": "2 of 3 codebooks", "kbps": 1.234, "payload_kbps": 1.06,
+         "codebooks": [{"used": 0.5}, {"used": 0.914}],
          "means": {"pesq_wb": {"mean": 1.5, "low": 1.414, "high": 1.6}, "wer": {"mean": None}}},
-        {"name": "speex@6", "family": "speex", "nominal_kbps": 6.0, "kbps": 6.0, "means": {}},
-        {"name": "opus@6", "family": "opus", "nominal_kbps": 6.0, "kbps": 7.5,
+        {"name": "speex@6", "family": "speex", "setting": "6 kbps", "kbps": 6.0, "payload_kbps": 6.0, "means": {}},
+        {"name": "opus@6", "family": "opus", "setting": "6 kbps", "kbps": 7.5, "payload_kbps": None,
          "means": {"pesq_wb": {"mean": 2.0, "low": None, "high": None}, "wer": {"mean": None}}},
     ],
 }  # fmt: skip
@@ -64,8 +65,9 @@ def test_the_package_gets_the_run_its_card_and_its_curves(run, package, tmp_path
     assert (codes == shipped).float().mean() > 0.9  # in fp16
     card = (package / "README.md").read_text()
     for said in ("no natural Telugu. It cannot sing. It looks ahead", "On one core;", "Stopped once. Curves:",
-                 "has heard 0.2 hours", "2 files, 1.5 minutes, es, te:", "| metric | base, 1 kbps | opus@6 |",
-                 "| kbps on disk | 1.23 | 7.50 |", "| PESQ-WB | 1.50 [1.41, 1.60] | 2.00 |",
+                 "has heard 0.2 hours", "2 files, 1.5 minutes, es, te:", "| metric | base, 2 codes | opus@6 |",
+                 "| kbps on disk | 1.23 | 7.50 |", "| of which codes | 1.06 | - |", "a second of 3 codes of", "back, 1.1 kbps",
+                 "| PESQ-WB | 1.50 [1.41, 1.60] | 2.00 |",
                  "| codebooks used | 50 to 91 % | - |"):  # fmt: skip
         assert said in card, said
     assert "speex" not in card and "| WER |" not in card and "older" not in card  # a row that nobody has a value in
