@@ -15,14 +15,13 @@ import numpy as np
 
 from codec.card import n_weights, run_section
 from codec.checkpoint import find_checkpoint, load_state
-from codec.config import Config, parse_config
+from codec.config import Config, parse_config, trained_counts
 from codec.convert import convert
 from codec.data import read_manifest
 from codec.files import write_atomically
 from codec.model import Codec
 from codec.pretrained import BASE
 from codec.runlog import read_metrics
-from codec.systems import trained_counts
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks/failures"))

@@ -501,6 +501,21 @@ def grown(there: ModelConfig, here: ModelConfig) -> ModelConfig:
     return dataclasses.replace(there, quantizer=dataclasses.replace(there.quantizer, **same))
 
 
+def trained_counts(config: ModelConfig) -> list[int]:
+    """Numbers of codebooks that training drew; where it drew all, every halving of the whole number."""
+    quantizer, n = config.quantizer, config.quantizer.n_codebooks
+    if not quantizer.dropout:
+        return [n]
+    least = getattr(quantizer, "n_semantic", 0) + getattr(quantizer, "n_prosodic", 0)
+    counts = getattr(quantizer, "dropout_counts", ()) or [count for count in halvings(n) if count > least]
+    return sorted({n, *counts})
+
+
+def halvings(n: int) -> list[int]:
+    """n, n / 2, n / 4, ... rounded down to 1, ascending."""
+    return [n // 2**i for i in range(n.bit_length())][::-1]
+
+
 def _flat(section: dict, prefix: str) -> dict[str, Any]:
     """Values by dotted key; an absent section counts as null in each of its keys."""
     values = {}

@@ -34,6 +34,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from codec.audio import load_audio
+from codec.config import trained_counts
 from codec.data import read_manifest
 from codec.files import write_atomically
 from codec.model import Codec
@@ -230,8 +231,6 @@ def fit(codec: Codec, recordings: list[Tensor], minutes: float) -> tuple[Integer
     Raises:
         ValueError: a quantizer whose entries do not add up or are too many, or too few recordings; one line.
     """
-    from codec.systems import trained_counts  # which imports this module
-
     config = codec.config.quantizer
     if config.type != "ema" or config.semantic_inputs == "own":
         raise ValueError(f"quantizer.type={config.type}: its entries do not add up to a latent; expected ema, shared inputs")

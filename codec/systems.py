@@ -23,7 +23,7 @@ from codec import classical, prior
 from codec.audio import resample_array
 from codec.bitstream import CodecFileHeader, write_codes
 from codec.checkpoint import load_state
-from codec.config import ModelConfig, to_dict
+from codec.config import halvings, to_dict, trained_counts
 from codec.model import Codec
 from codec.pretrained import public_name, read_model, resolve
 
@@ -103,21 +103,6 @@ def _open_ours(source: str) -> NeuralCodec:
         _fingerprint(codec, {**to_dict(codec.config), "prior": known and known.id}), sum(p.numel() for p in codec.parameters()),
         codec.encode_long, codec.decode_long, codec.gain, known,
     )  # fmt: skip
-
-
-def trained_counts(config: ModelConfig) -> list[int]:
-    """Numbers of codebooks that training drew; where it drew all, every halving of the whole number."""
-    quantizer, n = config.quantizer, config.quantizer.n_codebooks
-    if not quantizer.dropout:
-        return [n]
-    least = getattr(quantizer, "n_semantic", 0) + getattr(quantizer, "n_prosodic", 0)
-    counts = getattr(quantizer, "dropout_counts", ()) or [count for count in halvings(n) if count > least]
-    return sorted({n, *counts})
-
-
-def halvings(n: int) -> list[int]:
-    """n, n / 2, n / 4, ... rounded down to 1, ascending."""
-    return [n // 2**i for i in range(n.bit_length())][::-1]
 
 
 def _open_transformers(source: str) -> NeuralCodec:
