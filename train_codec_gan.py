@@ -530,7 +530,8 @@ def load_initial(folder: Path, t: Training, config: Config) -> tuple[bool, range
     if can_grow(model, config.model) and grown(model, config.model) != model:
         count = "n_first" if model.quantizer.n_first else "n_codebooks"
         added = range(getattr(model.quantizer, count), getattr(config.model.quantizer, count))
-        tensors = grow(tensors, codec.state_dict(), model.quantizer.n_first)
+        fresh = {name: value.cpu() for name, value in codec.state_dict().items()}
+        tensors = grow(tensors, fresh, model.quantizer.n_first)
         model = grown(model, config.model)
     refuse_other_model(model, config.model, f"train.init_from={folder}", Path(__file__).parent / "configs")
     load_into(codec, tensors, str(folder / "model.safetensors"))
@@ -581,7 +582,9 @@ def rehearse(config: Config, device: torch.device, price_per_hour: float) -> int
     checks = look_before(config, device, segments, val_segments, PREFLIGHT_S)
     t = build(config, device, segments.teachers)
     if config.train.init_from:
-        load_initial(resolve(config.train.init_from), t, config)
+        _, added = load_initial(resolve(config.train.init_from), t, config)
+        if added:
+            start_codebooks(unwrap(t.codec), segments.segments, config, device, added)
     else:
         start_from_speech(unwrap(t.codec), segments.segments, config, device)
     sampler = StepSampler(0, 2**31, config.data.batch_size, distributed.rank(), distributed.world_size())

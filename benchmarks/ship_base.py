@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from codec import prior
 from codec.card import n_weights, run_section
 from codec.checkpoint import find_checkpoint, load_state
 from codec.config import Config, parse_config, trained_counts
@@ -152,6 +153,8 @@ def ship(run: Path, evaluations: list[Path], below: str, history: str, machine: 
     with tempfile.TemporaryDirectory(dir=BASE.parent) as folder:
         new = Path(folder) / "base"
         convert(str(run), new, small=True)
+        if not (new / prior.FILE).is_file():
+            raise ValueError(f"{checkpoint}: has no {prior.FILE}, expected one; make it by `codec prior {run} MANIFEST`")
         codec = Codec.from_pretrained(new)
         training = run_section(checkpoint)
         manifest, rate = Path(config_of(checkpoint).data.manifest), codec.sample_rate

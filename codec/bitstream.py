@@ -130,7 +130,7 @@ def write_codes(
         path: file to write; its folder is made if missing.
         codes: [N, T'] integers in [0, codebook_size).
         header: must agree with the codes' shape.
-        prior: what to entropy code them by; default: they are packed.
+        prior: what to entropy code them by, where that makes the file smaller; default: they are packed.
     Returns:
         The header as it is in the file.
     Raises:
@@ -147,33 +147,36 @@ def write_codes(
     low, high = values.min(), values.max()
     if low < 0 or high >= header.codebook_size:
         raise ValueError(f"{where}: codes from {low} to {high}, expected 0 to {header.codebook_size - 1}")
-    if prior is None:
-        payload = pack_bits(values.T.reshape(-1), code_bits(header.codebook_size)).tobytes()
-        header = replace(header, prior="", n_bytes=0)
-    else:
+    ways = [(replace(header, prior="", n_bytes=0), pack_bits(values.T.reshape(-1), code_bits(header.codebook_size)).tobytes())]
+    if prior:
         _check_prior(where, header, prior)
-        payload = prior.write(values)
-        header = replace(header, prior=prior.id, n_bytes=len(payload))
-    version = 3 if header.prior else 2 if header.gain != 1 else 1  # the least, so that older programs read it
-    text = json.dumps({name: value for name, value in asdict(header).items() if name in _names(version)}, separators=(",", ":"))
-    body = PREFIX.pack(MAGIC, version, len(text)) + text.encode() + payload
+        coded = prior.write(values)
+        ways.append((replace(header, prior=prior.id, n_bytes=len(coded)), coded))
+    header, body = min(((header, _body(header, payload)) for header, payload in ways), key=lambda way: len(way[1]))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, body + CRC.pack(zlib.crc32(body)))
     return header
 
 
+def _body(header: CodecFileHeader, payload: bytes) -> bytes:
+    """A file but for its CRC, of the least version, so that older programs read it."""
+    version = 3 if header.prior else 2 if header.gain != 1 else 1
+    text = json.dumps({name: value for name, value in asdict(header).items() if name in _names(version)}, separators=(",", ":"))
+    return PREFIX.pack(MAGIC, version, len(text)) + text.encode() + payload
+
+
 def read_header(path: str | Path) -> CodecFileHeader:
-    """The header of a codec file, whose payload is not looked at.
+    """The header of a codec file; the codes are checked by their CRC only.
 
     Raises:
         ValueError: as `read_codes`.
     """
-    with _open(str(path)) as file:
-        return _read_header(str(path), file)[0]
+    return _read(str(path))[0]
 
 
 def read_codes(path: str | Path, prior: IntegerPrior | None = None) -> tuple[Tensor, CodecFileHeader]:
-    """Read a codec file. Nothing is allocated for what a header claims before the file's size bears it out.
+    """Read a codec file. Nothing is allocated for what a header claims before the file's size bears it out; entropy coded
+    codes can be many in few bytes, and are read in groups.
 
     Args:
         path: file to read.
@@ -185,22 +188,15 @@ def read_codes(path: str | Path, prior: IntegerPrior | None = None) -> tuple[Ten
             another prior.
     """
     where = str(path)
-    with _open(where) as file:
-        header, start = _read_header(where, file)
-        file.seek(0)
-        data = file.read()
-    body, written = data[: -CRC.size], CRC.unpack(data[-CRC.size :])[0]
-    crc = zlib.crc32(body)
-    if crc != written:
-        raise ValueError(f"{where}: damaged: CRC-32 {crc:08x}, expected {written:08x}; fetch the file again")
+    header, payload = _read(where)
     if header.prior:
         _check_prior(where, header, prior)
         try:
-            return torch.from_numpy(prior.read(body[start:], header.n_codebooks, header.n_frames)), header
+            return torch.from_numpy(prior.read(payload, header.n_codebooks, header.n_frames)), header
         except ValueError as error:
             raise ValueError(f"{where}: damaged: {error}") from None
-    packed = np.frombuffer(body, np.uint8, offset=start)
-    values = unpack_bits(packed, code_bits(header.codebook_size), header.n_codebooks * header.n_frames)
+    packed, n_codes = np.frombuffer(payload, np.uint8), header.n_codebooks * header.n_frames
+    values = unpack_bits(packed, code_bits(header.codebook_size), n_codes)
     if values.max() >= header.codebook_size:
         raise ValueError(f"{where}: holds code {values.max()}, expected below {header.codebook_size}")
     codes = np.ascontiguousarray(values.reshape(header.n_frames, header.n_codebooks).T)
@@ -219,6 +215,19 @@ def _open(where: str) -> BinaryIO:
         return open(where, "rb")
     except OSError as error:
         raise ValueError(f"{where}: cannot be read: {error.strerror}") from None
+
+
+def _read(where: str) -> tuple[CodecFileHeader, bytes]:
+    """Header and payload, after every check that needs no prior."""
+    with _open(where) as file:
+        header, start = _read_header(where, file)
+        file.seek(0)
+        data = file.read()
+    body, written = data[: -CRC.size], CRC.unpack(data[-CRC.size :])[0]
+    crc = zlib.crc32(body)
+    if crc != written:
+        raise ValueError(f"{where}: damaged: CRC-32 {crc:08x}, expected {written:08x}; fetch the file again")
+    return header, body[start:]
 
 
 def _read_header(where: str, file: BinaryIO) -> tuple[CodecFileHeader, int]:

@@ -34,6 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
 def encode(options: argparse.Namespace) -> None:
     """Audio file to codec file."""
     codec = _load(options)
+    known = None if options.packed else prior.load(resolve(options.checkpoint, options.which), codec.model_id)
     wav = load_audio(options.input, codec.sample_rate)
     gain = codec.gain(wav[None])
     codes = codec.encode_long((gain * wav).to(options.device), _n_codebooks(options, codec))[0]
@@ -47,7 +48,6 @@ def encode(options: argparse.Namespace) -> None:
         model_id=codec.model_id,
         gain=round(gain.item(), 4),
     )
-    known = None if options.packed else prior.load(resolve(options.checkpoint, options.which), codec.model_id)
     header = write_codes(options.output, codes, header, known)
     print(f"{options.output}: {_rate_line(options.output, header)}")
 
@@ -120,6 +120,7 @@ def _checkpoint_lines(folder: Path) -> dict[str, str]:
     counts["total"] = sum(counts.values())
     rates = [f"{n}: {_kbps(codec, n):.4g}" for n in range(1, codec.n_codebooks + 1)]
     about = load_state(folder) if (folder / "state.json").is_file() else read_json(folder / "config.json")
+    known = prior.load(folder, codec.model_id)
     context_ms = 1000 * codec.receptive_field_samples / codec.sample_rate
     return {
         "checkpoint": str(folder),
@@ -130,6 +131,7 @@ def _checkpoint_lines(folder: Path) -> dict[str, str]:
         "frame rate": f"{codec.frame_rate_hz:g} Hz (hop length {codec.hop_length})",
         "codebooks": f"{codec.n_codebooks} x {codec.codebook_size} entries{_groups(codec)}",
         "kbps": "  ".join(rates) + "  (by number of codebooks)",
+        "files": f"entropy coded by prior {known.id}" if known else "packed",
         "level": "any" if codec.config.level_db is None else f"recordings are brought to {codec.config.level_db:g} dB RMS",
         "receptive field": f"{context_ms:.1f} ms of input a frame" if math.isfinite(context_ms) else "the whole past",
     }

@@ -20,6 +20,7 @@ import argparse
 import functools
 import hashlib
 import math
+import os
 import random
 import time
 from decimal import Context, Decimal
@@ -35,11 +36,11 @@ from torch import Tensor, nn
 
 from codec.audio import load_audio
 from codec.config import trained_counts
-from codec.data import read_manifest
+from codec.data import Utterance, read_manifest
 from codec.files import write_atomically
 from codec.model import Codec
 from codec.pretrained import resolve
-from codec.rans import TOTAL, SymbolReader, write_symbols
+from codec.rans import TOTAL, SymbolReader, least_bits, write_symbols
 
 FILE = "prior.safetensors"
 N_PAST = 2  # frames that are seen
@@ -50,6 +51,8 @@ MOST = 2**15 - 1  # of both
 NATS = 12  # less likely than the likeliest by more counts as this
 BATCH_FRAMES, RATE = 1024, 3e-3
 MOST_ENTRIES = TOTAL // 16  # of a codebook: the least frequency of each, together, wastes little
+FORMAT = (N_PAST, SEGMENT_FRAMES, ONE, WEIGHT_ONE, MOST, NATS, TOTAL)  # files are written by these
+AT_ONCE = 256  # segments that are read side by side
 HELD_OUT = 20  # every twentieth recording is kept back to measure on
 
 
@@ -104,7 +107,7 @@ class IntegerPrior:
     def __init__(self, tensors: dict[str, np.ndarray], model_id: str):
         self.model_id = model_id
         self.tensors = {name: np.ascontiguousarray(value, dtype="<i2") for name, value in tensors.items()}
-        digest = hashlib.sha256(model_id.encode())
+        digest = hashlib.sha256(f"{model_id}{FORMAT}".encode())
         for name, value in sorted(self.tensors.items()):
             digest.update(f"{name}{value.shape}".encode() + value.tobytes())
         self.id = digest.hexdigest()[:16]
@@ -173,14 +176,24 @@ class IntegerPrior:
         n_segments = -(-n_frames // SEGMENT_FRAMES)
         if len(data) < 4 * (n_segments - 1):
             raise ValueError("the codes end too early")
-        lengths = np.frombuffer(data, "<u4", n_segments - 1)
-        bounds = 4 * len(lengths) + np.concatenate([[0], lengths.cumsum(dtype=np.int64)])
-        readers = [SymbolReader(data[start:end]) for start, end in zip(bounds, [*bounds[1:], len(data)])]
-        codes = np.zeros((n_segments, n_codebooks, min(SEGMENT_FRAMES, n_frames)), np.int64)
-        last_frames = n_frames - (n_segments - 1) * SEGMENT_FRAMES
-        past = np.zeros((n_segments, N_PAST, self.entries.shape[2]))
-        for frame in range(codes.shape[2]):
-            m = n_segments if frame < last_frames else n_segments - 1  # segments that have this frame
+        lengths = np.frombuffer(data, "<u4", n_segments - 1).astype(np.int64)
+        bounds = 4 * len(lengths) + np.concatenate([[0], lengths.cumsum(), [0]])
+        bounds[-1] = len(data)
+        frames = np.full(n_segments, SEGMENT_FRAMES)
+        frames[-1] = n_frames - (n_segments - 1) * SEGMENT_FRAMES
+        if (8 * np.diff(bounds) < frames * n_codebooks * least_bits(self.codebook_size)).any():
+            raise ValueError("a segment is shorter than its codes can be")
+        readers = [SymbolReader(data[start:end]) for start, end in zip(bounds[:-1], bounds[1:])]
+        groups = [self._read_segments(readers[i : i + AT_ONCE], n_codebooks, frames[i : i + AT_ONCE])
+                  for i in range(0, n_segments, AT_ONCE)]  # fmt: skip
+        return np.concatenate(groups, 1)
+
+    def _read_segments(self, readers: list[SymbolReader], n_codebooks: int, frames: np.ndarray) -> np.ndarray:
+        """Codes [n_codebooks, T'] of segments of so many frames each, of which none is longer than the one before."""
+        codes = np.zeros((len(readers), n_codebooks, frames[0]), np.int64)
+        past = np.zeros((len(readers), N_PAST, self.entries.shape[2]))
+        for frame in range(frames[0]):
+            m = int((frames > frame).sum())  # segments that have this frame
             seen, total = self.seen(past[:m].reshape(m, -1)), np.zeros((m, self.entries.shape[2]))
             for i in range(n_codebooks):
                 frequencies, ends = self.frequencies(i, seen, total)
@@ -193,7 +206,7 @@ class IntegerPrior:
             past[:m] = np.concatenate([total[:, None], past[:m, :-1]], 1)
         if not all(reader.at_end for reader in readers):
             raise ValueError("the codes do not end where their bytes do")
-        return codes.swapaxes(0, 1).reshape(n_codebooks, -1)[:, :n_frames]
+        return codes.swapaxes(0, 1).reshape(n_codebooks, -1)[:, : frames.sum()]
 
 
 def shifted(x: np.ndarray, bias: np.ndarray) -> np.ndarray:
@@ -209,7 +222,8 @@ def rectified(x: np.ndarray, bias: np.ndarray) -> np.ndarray:
 def exponentials() -> np.ndarray:
     """exp(-i / ONE) in units of 1 / TOTAL for i up to NATS x ONE, by decimal arithmetic, which no platform rounds otherwise."""
     context = Context(prec=20)
-    return np.array([int(context.exp(Decimal(-i) / ONE) * TOTAL) for i in range(NATS * ONE + 1)], np.int64)
+    values = (context.exp(context.divide(Decimal(-i), ONE)) for i in range(NATS * ONE + 1))
+    return np.array([int(context.multiply(value, TOTAL)) for value in values], np.int64)
 
 
 # ------------------------------------------------------------------------------ training
@@ -222,36 +236,44 @@ class Frames(NamedTuple):
     place: Tensor  # [M], of a frame in its recording
 
 
-def fit(codec: Codec, recordings: list[Tensor], minutes: float) -> tuple[IntegerPrior, dict[int, tuple[float, float]]]:
-    """Train a prior on what `codec` makes of recordings, each [1, 1, T] at its level.
+def fit(
+    codec: Codec, utterances: list[Utterance], hours: float, minutes: float
+) -> tuple[IntegerPrior, dict[int, tuple[float, float]]]:
+    """Train a prior on what `codec` makes of so many hours of utterances, for so many minutes.
 
     Returns:
         The prior, and by numbers of codebooks that the codec was trained for the kbps of recordings that were kept back:
-        packed, and coded by the prior.
+        packed, and coded by the prior (of the codes for all codebooks the first so many).
     Raises:
         ValueError: a quantizer whose entries do not add up or are too many, or too few recordings; one line.
     """
     config = codec.config.quantizer
-    if config.type != "ema" or config.semantic_inputs == "own":
-        raise ValueError(f"quantizer.type={config.type}: its entries do not add up to a latent; expected ema, shared inputs")
+    if config.type != "ema" or config.n_semantic:
+        raise ValueError(f"quantizer.type={config.type}, n_semantic={getattr(config, 'n_semantic', 0)}: its entries do not "
+                         "add up to a latent; expected ema, 0")  # fmt: skip
     if config.codebook_size > MOST_ENTRIES:
         raise ValueError(f"quantizer.codebook_size={config.codebook_size}: expected at most {MOST_ENTRIES}")
-    if len(recordings) < 2:
-        raise ValueError(f"{len(recordings)} recordings to learn from, expected 2 and more")
-    coded = [codec.encode_long(wav)[0].T.cpu() for wav in recordings]
+    if len(utterances) < 2:
+        raise ValueError(f"{len(utterances)} recordings to learn from, expected 2 and more")
+    coded, left = [], hours * 3600 * codec.sample_rate
+    for utterance in random.Random(0).sample(utterances, len(utterances)):
+        if left <= 0 and len(coded) > 1:
+            break
+        wav = load_audio(utterance.path, codec.sample_rate)[None].to(codec.quantizer.codebooks.device)
+        coded.append(codec.encode_long(codec.gain(wav) * wav)[0].T.cpu())
+        left -= wav.shape[-1]
     held_out, kept = coded[::HELD_OUT], [codes for index, codes in enumerate(coded) if index % HELD_OUT]
     frames = Frames(torch.cat(kept), torch.cat([torch.arange(len(codes)) for codes in kept]))
     codebooks, counts = codec.quantizer.codebooks.float().cpu(), trained_counts(codec.config)
     sums = sum(F.embedding(frames.codes[:, i], codebooks[i]) for i in range(len(codebooks)))
     torch.manual_seed(0)
-    prior = CodePrior(codebooks, sums.std(0).clamp(min=1e-6))
+    prior = CodePrior(codebooks, sums.std(0, correction=0).clamp(min=1e-6))
     train(prior, frames, counts, 60 * minutes)
     integers = IntegerPrior(rounded(prior), codec.model_id)
-    seconds = sum(map(len, held_out)) / codec.frame_rate_hz
-    rates = {}
+    seconds, rates = sum(map(len, held_out)) / codec.frame_rate_hz, {}
     for n in counts:
         n_bytes = sum(len(integers.write(codes.T[:n].numpy())) for codes in held_out)
-        rates[n] = (codec.bitrate_kbps * n / codec.n_codebooks, 8 * n_bytes / seconds / 1000)
+        rates[n] = (n * (config.codebook_size - 1).bit_length() * codec.frame_rate_hz / 1000, 8 * n_bytes / seconds / 1000)
     return integers, rates
 
 
@@ -301,31 +323,47 @@ def load(folder: Path, model_id: str) -> IntegerPrior | None:
     """The prior in a codec's folder; None if there is none.
 
     Raises:
-        ValueError: it belongs to other codebooks, or cannot be read; one line.
+        ValueError: it belongs to other codebooks, or is not a prior; one line.
     """
     path = folder / FILE
     if not path.is_file():
         return None
+    mend = "make it anew by `codec prior --replace`, or remove it"
     try:
         with safe_open(path, "np") as file:
             belongs_to = (file.metadata() or {}).get("model_id")
         tensors = safetensors.numpy.load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: cannot be read ({str(error).splitlines()[0]}); make it anew by `codec prior`") from None
+    except (SafetensorError, OSError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: cannot be read ({str(error).splitlines()[0]}); {mend}") from None
+    shapes = {name: value.shape for name, value in tensors.items()}
+    if any(value.dtype != np.int16 for value in tensors.values()) or shapes != shapes_of(shapes.get("entries", ())):
+        raise ValueError(f"{path}: not the tensors of a prior; {mend}")
     if belongs_to != model_id:
-        raise ValueError(f"{path}: knows codes of model {belongs_to}, this one is {model_id}; make it anew by `codec prior`, "
-                         "or remove it")  # fmt: skip
+        raise ValueError(f"{path}: knows codes of model {belongs_to}, this one is {model_id}; {mend}")
     return IntegerPrior(tensors, model_id)
+
+
+def shapes_of(entries: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """Of all tensors of a prior, by that of its entries [N, K, d]; {} where these cannot be."""
+    if len(entries) != 3 or min(entries) < 1 or entries[1] > MOST_ENTRIES:
+        return {}
+    n, k, d = entries
+    return {"entries": (n, k, d), "places": (n, k, d + 1), "bias": (n, k),
+            "first.weight": (DIM, N_PAST * d), "first.bias": (DIM,), "second.weight": (DIM, DIM), "second.bias": (DIM,),
+            "to_heads": (n, HEAD_DIM, DIM), "to_heads.bias": (n, HEAD_DIM), "from_sum": (n, HEAD_DIM, d),
+            "to_place": (n, d + 1, HEAD_DIM), "to_place.bias": (n, d + 1)}  # fmt: skip
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
     """`codec prior`."""
     about = "Learn which codes are likely, so that the files of this codec get smaller; the audio stays the same, to the bit."
     command = commands.add_parser("prior", help=about, description=about)
-    command.add_argument("checkpoint", help="a run, checkpoint or pretrained folder; the prior is written into it")
+    command.add_argument("checkpoint", help="a run, checkpoint or pretrained folder; the prior is written beside its weights, "
+                         "and goes when a run deletes that checkpoint: best the folder that you keep")  # fmt: skip
     command.add_argument("manifest", type=Path, help="manifest.jsonl, whose training split is coded")
     command.add_argument("--hours", type=float, default=3.0, help="of its speech, drawn at random (default 3)")
     command.add_argument("--minutes", type=float, default=8.0, help="of training, after the coding (default 8)")
+    command.add_argument("--replace", action="store_true", help="a prior that is there; files coded by it are lost")
     command.add_argument("--device", default="cpu", help="where speech is coded: cpu (default), cuda, ...")
     command.add_argument("--which", choices=("latest", "best"), default="latest", help="checkpoint of a run")
     command.set_defaults(run=run)
@@ -334,17 +372,20 @@ def add_command(commands: argparse._SubParsersAction) -> None:
 def run(options: argparse.Namespace) -> None:
     """Fit a prior and put it beside the weights."""
     folder = resolve(options.checkpoint, options.which)
+    for name in ("hours", "minutes"):
+        if not 0 < getattr(options, name) < math.inf:
+            raise ValueError(f"--{name} {getattr(options, name):g}: expected more than 0")
+    if (folder / FILE).exists() and not options.replace:
+        raise ValueError(f"{folder / FILE}: exists, and no other reads the files that it coded; --replace where there are none")
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"{folder}: cannot be written; give a copy of that folder")
     codec = Codec.from_pretrained(folder)
-    utterances = read_manifest(options.manifest, "train", codec.sample_rate)
-    random.Random(0).shuffle(utterances)
-    wanted, recordings = options.hours * 3600 * codec.sample_rate, []
-    for utterance in utterances:
-        if sum(wav.shape[-1] for wav in recordings) >= wanted:
-            break
-        wav = load_audio(utterance.path, codec.sample_rate)[None]
-        recordings.append(codec.gain(wav) * wav)
-    prior, rates = fit(codec.to(options.device), [wav.to(options.device) for wav in recordings], options.minutes)
-    write_atomically(folder / FILE, file_bytes(prior))
+    try:
+        codec.to(options.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {options.device}: {str(error).splitlines()[0]}; try cpu") from None
+    prior, rates = fit(codec, read_manifest(options.manifest, "train", codec.sample_rate), options.hours, options.minutes)
     for n, (packed, coded) in rates.items():
         print(f"{n} codebooks: {packed:.2f} kbps packed, {coded:.2f} coded, {100 * (1 - coded / packed):.0f} % less")
-    print(f"{folder / FILE}: written; files of this codec are coded by it from now on")
+    write_atomically(folder / FILE, file_bytes(prior))
+    print(f"{folder / FILE}: written; files of this codec are coded by it where that makes them smaller")

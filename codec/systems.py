@@ -27,7 +27,8 @@ from codec.config import halvings, to_dict, trained_counts
 from codec.model import Codec
 from codec.pretrained import public_name, read_model, resolve
 
-OUR_CODE = ("model", "encoder", "decoder", "lapped", "layers", "rvq", "spectral", "metrics", "prior", "rans")  # what codes
+OUR_CODE = ("model", "encoder", "decoder", "lapped", "layers", "rvq", "spectral", "metrics", "prior", "rans",
+            "bitstream")  # modules that code and decode  # fmt: skip
 
 
 class System(NamedTuple):

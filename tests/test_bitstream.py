@@ -33,6 +33,7 @@ HEADER = CodecFileHeader(
     model_id="0123456789abcdef",
 )
 
+LONG = replace(HEADER, n_frames=120)
 PACKED = {name: value for name, value in asdict(HEADER).items() if name not in ("prior", "n_bytes")}  # as version 2 has it
 
 
@@ -161,16 +162,36 @@ def prior():
     return IntegerPrior(rounded(CodePrior(torch.randn(3, 1000, 8), torch.ones(8))), HEADER.model_id)
 
 
-def test_an_entropy_coded_file_reads_back_by_the_prior_that_wrote_it_only(tmp_path, prior):
-    path, codes = tmp_path / "a.codec", random_codes(HEADER)
-    written = write_codes(path, codes, HEADER, prior)
-    assert written == replace(HEADER, prior=prior.id, n_bytes=written.payload_bytes) and path.read_bytes()[4] == 3
+@pytest.fixture(scope="module")
+def likely(prior):
+    """Codes of 3 codebooks, each the likeliest of its frame."""
+    sums, codes = np.zeros((LONG.n_frames + 2, 8)), np.zeros((3, LONG.n_frames), np.int64)
+    for frame in range(LONG.n_frames):
+        seen = prior.seen(np.concatenate([sums[frame + 1], sums[frame]])[None])
+        for i in range(3):
+            codes[i, frame] = prior.frequencies(i, seen, sums[None, frame + 2])[0].argmax()
+            sums[frame + 2] += prior.entries[i][codes[i, frame]]
+    return torch.from_numpy(codes)
+
+
+def test_an_entropy_coded_file_reads_back_by_the_prior_that_wrote_it_only(tmp_path, prior, likely):
+    path = tmp_path / "a.codec"
+    written = write_codes(path, likely, LONG, prior)
+    assert written == replace(LONG, prior=prior.id, n_bytes=written.payload_bytes) and path.read_bytes()[4] == 3
     read, header = read_codes(path, prior)
-    assert torch.equal(read, codes) and read.dtype == torch.int64 and header == read_header(path) == written
+    assert torch.equal(read, likely) and read.dtype == torch.int64 and header == read_header(path) == written
     other = IntegerPrior({name: value + 1 for name, value in prior.tensors.items()}, HEADER.model_id)
     for wrong in (None, other):
         with pytest.raises(ValueError, match=f"a.codec: entropy coded by prior {prior.id}, "):
             read_codes(path, wrong)
+
+
+def test_codes_that_a_prior_would_make_larger_are_packed(tmp_path, prior):
+    codes = random_codes(HEADER)
+    assert len(prior.write(codes.numpy())) > HEADER.payload_bytes
+    assert write_codes(tmp_path / "a.codec", codes, HEADER, prior) == HEADER
+    write_codes(tmp_path / "b.codec", codes, HEADER)
+    assert (tmp_path / "a.codec").read_bytes() == (tmp_path / "b.codec").read_bytes()
 
 
 def test_a_prior_of_other_codebooks_writes_no_file(tmp_path, prior):
@@ -181,28 +202,41 @@ def test_a_prior_of_other_codebooks_writes_no_file(tmp_path, prior):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_damage_to_an_entropy_coded_file_is_refused_in_one_line(tmp_path, prior):
+def test_damage_to_an_entropy_coded_file_is_refused_in_one_line(tmp_path, prior, likely):
     path = tmp_path / "a.codec"
-    write_codes(path, random_codes(HEADER), HEADER, prior)
+    write_codes(path, likely, LONG, prior)
     whole = path.read_bytes()
     damaged = [whole[:length] for length in range(len(whole))] + [whole + b"\0"]
     damaged += [whole[:i] + bytes([whole[i] ^ 1]) + whole[i + 1 :] for i in range(len(whole))]
     for data in damaged:
         path.write_bytes(data)
-        with pytest.raises(ValueError, match="a.codec: ") as error:
-            read_codes(path, prior)
-        assert "\n" not in str(error.value)
+        for read in (lambda: read_codes(path, prior), lambda: read_header(path)):
+            with pytest.raises(ValueError, match="a.codec: ") as error:
+                read()
+            assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("payload", [b"\0" * 60, b"\xff" * 60, bytes(range(60)), b"\x28\0\0\0" + b"\1" * 56])
+@pytest.mark.parametrize("n_frames", [10, 600])
+def test_a_payload_that_was_never_written_is_refused_though_its_crc_is_right(tmp_path, prior, payload, n_frames):
+    values = {**asdict(HEADER), "prior": prior.id, "n_bytes": len(payload), "n_frames": n_frames}
+    write_raw(tmp_path / "a.codec", values, payload, version=3)
+    with pytest.raises(ValueError, match="a.codec: damaged: "):
+        read_codes(tmp_path / "a.codec", prior)
 
 
 @pytest.mark.parametrize("change", [{"prior": ""}, {"prior": 1}, {"n_bytes": 0}, {"n_bytes": True}, {"n_bytes": 41},
                                     {"prior": "g"}, {"n_frames": 10**6}, {"n_frames": 2**62}], ids=str)  # fmt: skip
 def test_header_fields_of_an_entropy_coded_file_are_refused_too(tmp_path, prior, change, monkeypatch):
     values = {**asdict(HEADER), "prior": prior.id, "n_bytes": 40}
-    monkeypatch.setattr(IntegerPrior, "read", lambda *_: pytest.fail("reached the payload"))
+    reached = []
+    monkeypatch.setattr(IntegerPrior, "read", lambda *_: reached.append(1) or np.zeros((3, 10), np.int64))
+    write_raw(tmp_path / "a.codec", values, b"\0" * 40, version=3)
+    assert read_codes(tmp_path / "a.codec", prior)[1].n_bytes == 40 and reached == [1]  # as it is it gets there
     write_raw(tmp_path / "a.codec", {**values, **change}, b"\0" * 40, version=3)
     with pytest.raises(ValueError, match="a.codec: ") as error:
         read_codes(tmp_path / "a.codec", prior)
-    assert len(str(error.value)) < 400
+    assert len(str(error.value)) < 400 and reached == [1]
 
 
 @pytest.mark.parametrize("claim", [{"n_frames": 10**12}, {"n_codebooks": 10**12}, {"n_frames": 2**62}])
