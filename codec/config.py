@@ -305,7 +305,9 @@ class TrainConfig:
     keep_last: int = 3
     max_minutes: float = 0.0  # 0: no limit; else save and leave after this long
     max_skipped_in_row: int = 10  # non-finite updates in a row that stop the run
-    init_from: str = ""  # run, checkpoint, pretrained folder or hub id whose weights a new run starts from
+    # Run, checkpoint, pretrained folder or hub id whose weights a new run starts from. Of ema codebooks there may be more or
+    # fewer than there: new ones at the end start on what those before them leave over.
+    init_from: str = ""
     refit_frames: int = 0  # with init_from: its Euclidean codebooks are fitted anew to so many latents, before the first update
     # With init_from, and where that brings no discriminators like ours: so many updates at the start of the first
     # adversarial phase train the discriminators alone. They count as steps of that phase.
