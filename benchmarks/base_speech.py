@@ -29,6 +29,20 @@ like, leaves them out:
         train.refit_frames=0 train.disc_warmup_steps=0 optim.lr_g=2.5e-4 optim.lr_d=5.0e-4 optim.warmup_steps=50 \\
         optim.ema_decay=0.998 loss_weights.cspec=20 \\
         "phases=[{name: last, steps: 500, set: {loss_weights.adv: 0.05, loss_weights.feat: 0.2}}]"
+    python train_codec_gan.py --config configs/base_cpu_heard.yaml --run_dir runs/told \\
+        --set data.manifest=data/wide/speech/manifest.jsonl train.init_from=runs/base_cpu_last train.seed=7 \\
+        model.quantizer.n_codebooks=16 "model.quantizer.dropout_counts=[4, 8, 12]" loss_weights.whisper=1.5 \\
+        loss_weights.cspec=10 "discriminators.sets=[{type: mrd, windows: [1536, 384], channels: 16}]" \\
+        "phases=[{name: heard, steps: 1200, set: {loss_weights.adv: 0.0, loss_weights.feat: 0.0}}]"
+    python benchmarks/mean_of_weights.py runs/told runs/base_cpu_last 0.5 runs/told_mean
+    python train_codec_gan.py --config configs/base_cpu_finish.yaml --run_dir runs/fine \\
+        --set data.manifest=data/wide/speech/clear.jsonl train.init_from=runs/told_mean train.seed=8 \\
+        train.refit_frames=200000 train.disc_warmup_steps=0 optim.warmup_steps=100 optim.ema_decay=0.998 \\
+        model.quantizer.n_codebooks=14 "model.quantizer.dropout_counts=[4, 8]" loss_weights.whisper=3.5 \\
+        loss_weights.cspec=10 \\
+        "phases=[{name: finish, steps: 900, set: {loss_weights.adv: 0.2, loss_weights.feat: 0.8}},
+                 {name: settle, steps: 400, set: {loss_weights.adv: 0.1, loss_weights.feat: 0.4}}]"
+    codec prior runs/fine data/wide/speech/manifest.jsonl --hours 2
 
 es and el are left out of all, for tests. Where packages do not name who speaks, a language of a package counts as a speaker.
 Validation: Danish of tuxpaint, and with --wide the Italian man and the Russian woman of Asterisk's prompts. Those

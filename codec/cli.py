@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
 def encode(options: argparse.Namespace) -> None:
     """Audio file to codec file."""
     codec = _load(options)
-    known = None if options.packed else prior.load(resolve(options.checkpoint, options.which), codec.model_id)
+    known = None if options.packed else prior.load(resolve(options.checkpoint, options.which), codec)
     wav = load_audio(options.input, codec.sample_rate)
     gain = codec.gain(wav[None])
     codes = codec.encode_long((gain * wav).to(options.device), _n_codebooks(options, codec))[0]
@@ -63,7 +63,7 @@ def decode(options: argparse.Namespace) -> None:
     for name, limit in (("n_codebooks", codec.n_codebooks), ("codebook_size", codec.codebook_size)):
         if getattr(header, name) > limit:
             raise ValueError(f"{options.input}: {name}={getattr(header, name)}, the model has {limit}")
-    known = prior.load(resolve(options.checkpoint, options.which), codec.model_id) if header.prior else None
+    known = prior.load(resolve(options.checkpoint, options.which), codec) if header.prior else None
     codes, _ = read_codes(options.input, known)
     wav_hat = codec.decode_long(codes[None].to(options.device), header.n_samples)[0]
     save_audio(options.output, wav_hat / header.gain, codec.sample_rate)
@@ -120,7 +120,7 @@ def _checkpoint_lines(folder: Path) -> dict[str, str]:
     counts["total"] = sum(counts.values())
     rates = [f"{n}: {_kbps(codec, n):.4g}" for n in range(1, codec.n_codebooks + 1)]
     about = load_state(folder) if (folder / "state.json").is_file() else read_json(folder / "config.json")
-    known = prior.load(folder, codec.model_id)
+    known = prior.load(folder, codec)
     context_ms = 1000 * codec.receptive_field_samples / codec.sample_rate
     return {
         "checkpoint": str(folder),

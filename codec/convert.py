@@ -128,9 +128,9 @@ def run_files(folder: Path) -> dict[str, dict[str, Tensor] | str | bytes]:
 def prior_file(folder: Path, small: bool) -> dict[str, bytes]:
     """The prior of a codec, as that of the codec it becomes: fp16 moves no codebook so far that other codes are likely."""
     codec = Codec.from_pretrained(folder)
-    known = prior.load(folder, codec.model_id)
-    model_id = (codec.half().float() if small else codec).model_id
-    return {prior.FILE: prior.file_bytes(prior.IntegerPrior(known.tensors, model_id))}
+    known = prior.load(folder, codec)
+    known.model_id = (codec.half().float() if small else codec).model_id
+    return {prior.FILE: prior.file_bytes(known)}
 
 
 # -------------------------------------------------------------------------- the tables of names

@@ -22,7 +22,6 @@ import hashlib
 import math
 import os
 import random
-import time
 from decimal import Context, Decimal
 from pathlib import Path
 from typing import NamedTuple
@@ -46,12 +45,13 @@ FILE = "prior.safetensors"
 N_PAST = 2  # frames that are seen
 DIM, HEAD_DIM = 192, 96
 SEGMENT_FRAMES = 512  # coded by itself, so that many are read at once
-ONE, WEIGHT_ONE = 2**8, 2**12  # what stands for 1.0 among numbers that flow, and among weights
+ONE, WEIGHT_ONE = 2**8, 2**12  # what stands for 1.0 among numbers that flow, and among weights and scales
 MOST = 2**15 - 1  # of both
 NATS = 12  # less likely than the likeliest by more counts as this
 BATCH_FRAMES, RATE = 1024, 3e-3
 MOST_ENTRIES = TOTAL // 16  # of a codebook: the least frequency of each, together, wastes little
 FORMAT = (N_PAST, SEGMENT_FRAMES, ONE, WEIGHT_ONE, MOST, NATS, TOTAL)  # files are written by these
+TYPES = {"spread": "<f4", "scale": "<i4"}  # of its tensors; all others are int16
 AT_ONCE = 256  # segments that are read side by side
 HELD_OUT = 20  # every twentieth recording is kept back to measure on
 
@@ -72,8 +72,10 @@ class CodePrior(nn.Module):
         n, k, d = codebooks.shape
         entries = codebooks.float() / spread
         places = torch.cat([entries, entries.square().sum(2, keepdim=True)], 2)
-        self.register_buffer("entries", whole(entries, ONE) / ONE)
-        self.register_buffer("places", whole(places / places.std((1, 2), keepdim=True), ONE) / ONE)  # as the integers will be
+        self.spread = spread.numpy().astype(np.float32)
+        self.scale = whole(1 / places.std((1, 2)), WEIGHT_ONE).clamp(1, 2**31 - 1).numpy().astype(np.int32)
+        for name, value in zip(("entries", "places"), geometry(codebooks.float().numpy(), self.spread, self.scale)):
+            self.register_buffer(name, torch.from_numpy(value / ONE).float())  # as the integers will be
         self.first, self.second = nn.Linear(N_PAST * d, DIM), nn.Linear(DIM, DIM)
         self.to_heads = nn.ModuleList(nn.Linear(DIM, HEAD_DIM) for _ in range(n))
         self.from_sum = nn.ModuleList(nn.Linear(d, HEAD_DIM, bias=False) for _ in range(n))
@@ -82,13 +84,26 @@ class CodePrior(nn.Module):
 
     def forward(self, codes: Tensor, past: Tensor) -> Tensor:
         """Nats that each code takes, mean over frames [n], of codes [M, n] whose frames before are past [M, N_PAST x d]."""
-        x = F.relu(self.second(F.relu(self.first(past))))
+        most = MOST / ONE  # no number can be larger among the integers
+        x = self.second(self.first(past).clamp(0, most)).clamp(0, most)
         nats, total = [], torch.zeros_like(past[:, : self.entries.shape[2]])
         for i, code in enumerate(codes.T):
-            head = F.relu(self.to_heads[i](x) + self.from_sum[i](total))
-            nats.append(F.cross_entropy(self.to_place[i](head) @ self.places[i].T + self.bias[i], code))
+            head = (self.to_heads[i](x) + self.from_sum[i](total)).clamp(0, most)
+            place = self.to_place[i](head).clamp(-most, most)
+            nats.append(F.cross_entropy(place @ self.places[i].T + self.bias[i], code))
             total = total + self.entries[i][code]
         return torch.stack(nats)
+
+
+def geometry(codebooks: np.ndarray, spread: np.ndarray, scale: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Entries [N, K, d] in units of spread / ONE and their places [N, K, d + 1], whole numbers.
+
+    One division or product a number, and sums below 2**53: on every machine the same.
+    """
+    entries = np.clip(np.rint(codebooks / spread.astype(np.float64) * ONE), -MOST, MOST)
+    squares = np.floor(np.square(entries).sum(2, keepdims=True) / ONE)
+    places = np.floor(np.concatenate([entries, squares], 2) * scale[:, None, None] / WEIGHT_ONE)
+    return entries, np.clip(places, -MOST, MOST)
 
 
 def whole(x: Tensor, one: int) -> Tensor:
@@ -100,24 +115,26 @@ class IntegerPrior:
     """The trained network in whole numbers.
 
     Args:
-        tensors: int16, as `rounded` gives them.
-        model_id: of the codec whose codes it knows.
+        tensors: as `rounded` gives them.
+        codebooks: float32 [N, K, d], of the codec whose codes it knows.
+        model_id: of that codec.
     """
 
-    def __init__(self, tensors: dict[str, np.ndarray], model_id: str):
+    def __init__(self, tensors: dict[str, np.ndarray], codebooks: np.ndarray, model_id: str):
         self.model_id = model_id
-        self.tensors = {name: np.ascontiguousarray(value, dtype="<i2") for name, value in tensors.items()}
+        self.tensors = {name: np.ascontiguousarray(value, dtype=TYPES.get(name, "<i2")) for name, value in tensors.items()}
         digest = hashlib.sha256(f"{model_id}{FORMAT}".encode())
         for name, value in sorted(self.tensors.items()):
             digest.update(f"{name}{value.shape}".encode() + value.tobytes())
         self.id = digest.hexdigest()[:16]
         numbers = {name: value.astype(np.float64) for name, value in self.tensors.items()}
-        self.entries, self.bias = numbers["entries"], numbers["bias"]
+        self.bias = numbers["bias"]
         self.first, self.second = ((numbers[f"{name}.weight"].T, numbers[f"{name}.bias"]) for name in ("first", "second"))
         self.to_heads, self.from_sum, self.to_place = (numbers[name].swapaxes(1, 2) for name in
                                                        ("to_heads", "from_sum", "to_place"))  # fmt: skip
         self.head_bias, self.place_bias = numbers["to_heads.bias"], numbers["to_place.bias"]
-        self.places = numbers["places"].swapaxes(1, 2)
+        self.entries, places = geometry(codebooks, self.tensors["spread"], self.tensors["scale"])
+        self.places = places.swapaxes(1, 2)
 
     @property
     def n_codebooks(self) -> int:
@@ -237,9 +254,9 @@ class Frames(NamedTuple):
 
 
 def fit(
-    codec: Codec, utterances: list[Utterance], hours: float, minutes: float
+    codec: Codec, utterances: list[Utterance], hours: float, n_steps: int
 ) -> tuple[IntegerPrior, dict[int, tuple[float, float]]]:
-    """Train a prior on what `codec` makes of so many hours of utterances, for so many minutes.
+    """Train a prior on what `codec` makes of so many hours of utterances.
 
     Returns:
         The prior, and by numbers of codebooks that the codec was trained for the kbps of recordings that were kept back:
@@ -268,8 +285,8 @@ def fit(
     sums = sum(F.embedding(frames.codes[:, i], codebooks[i]) for i in range(len(codebooks)))
     torch.manual_seed(0)
     prior = CodePrior(codebooks, sums.std(0, correction=0).clamp(min=1e-6))
-    train(prior, frames, counts, 60 * minutes)
-    integers = IntegerPrior(rounded(prior), codec.model_id)
+    train(prior, frames, counts, n_steps)
+    integers = IntegerPrior(rounded(prior), codebooks.numpy(), codec.model_id)
     seconds, rates = sum(map(len, held_out)) / codec.frame_rate_hz, {}
     for n in counts:
         n_bytes = sum(len(integers.write(codes.T[:n].numpy())) for codes in held_out)
@@ -277,14 +294,14 @@ def fit(
     return integers, rates
 
 
-def train(prior: CodePrior, frames: Frames, counts: list[int], seconds: float) -> None:
-    """Maximum likelihood by AdamW and a cosine that ends after so many seconds; half of the batches have all codebooks."""
+def train(prior: CodePrior, frames: Frames, counts: list[int], n_steps: int) -> None:
+    """Maximum likelihood by AdamW and a cosine; half of the batches have all codebooks, the others any of `counts`."""
     sums = {n: sum(prior.entries[i][frames.codes[:, i]] for i in range(n)) for n in counts}
     optimizer = torch.optim.AdamW(prior.parameters(), RATE, weight_decay=0.01)
-    start, step, rng = time.monotonic(), 0, random.Random(0)
-    while (done := (time.monotonic() - start) / seconds) < 1:
+    rng = random.Random(0)
+    for step in range(n_steps):
         for group in optimizer.param_groups:
-            group["lr"] = RATE * min(1, (step + 1) / 100) * (0.02 + 0.49 * (1 + math.cos(math.pi * done)))
+            group["lr"] = RATE * min(1, (step + 1) / 100) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / n_steps)))
         n = rng.choice([counts[-1], rng.choice(counts)])
         index = torch.randint(len(frames.codes), (BATCH_FRAMES,))
         past = [sums[n][(index - lag).clamp(min=0)] * (frames.place[index] >= lag)[:, None] for lag in range(1, N_PAST + 1)]
@@ -292,7 +309,6 @@ def train(prior: CodePrior, frames: Frames, counts: list[int], seconds: float) -
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        step += 1
 
 
 @torch.no_grad()
@@ -303,12 +319,12 @@ def rounded(prior: CodePrior) -> dict[str, np.ndarray]:
     stacked = {name: torch.stack(parts) for name, parts in layers.items() if parts[0] is not None}
     weights = {"first.weight": prior.first.weight, "second.weight": prior.second.weight}
     weights |= {name.removesuffix(".weight"): value for name, value in stacked.items() if name.endswith(".weight")}
-    numbers = {"entries": prior.entries, "places": prior.places, "bias": prior.bias, "first.bias": prior.first.bias,
-               "second.bias": prior.second.bias}  # fmt: skip
+    numbers = {"bias": prior.bias, "first.bias": prior.first.bias, "second.bias": prior.second.bias}
     numbers |= {name: value for name, value in stacked.items() if name.endswith(".bias")}
     units = [(weights, WEIGHT_ONE), (numbers, ONE)]
-    return {name: whole(value, one).clamp(-MOST, MOST).numpy().astype(np.int16) for group, one in units
-            for name, value in group.items()}  # fmt: skip
+    integers = {name: whole(value, one).clamp(-MOST, MOST).numpy().astype(np.int16) for group, one in units
+                for name, value in group.items()}  # fmt: skip
+    return {**integers, "spread": prior.spread, "scale": prior.scale}
 
 
 # ------------------------------------------------------------------------------ beside the weights
@@ -319,8 +335,8 @@ def file_bytes(prior: IntegerPrior) -> bytes:
     return safetensors.numpy.save(prior.tensors, {"model_id": prior.model_id})
 
 
-def load(folder: Path, model_id: str) -> IntegerPrior | None:
-    """The prior in a codec's folder; None if there is none.
+def load(folder: Path, codec: Codec) -> IntegerPrior | None:
+    """The prior in the folder of a codec; None if there is none.
 
     Raises:
         ValueError: it belongs to other codebooks, or is not a prior; one line.
@@ -335,20 +351,18 @@ def load(folder: Path, model_id: str) -> IntegerPrior | None:
         tensors = safetensors.numpy.load_file(path)
     except (SafetensorError, OSError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: cannot be read ({str(error).splitlines()[0]}); {mend}") from None
-    shapes = {name: value.shape for name, value in tensors.items()}
-    if any(value.dtype != np.int16 for value in tensors.values()) or shapes != shapes_of(shapes.get("entries", ())):
+    if belongs_to != codec.model_id:
+        raise ValueError(f"{path}: knows codes of model {belongs_to}, this one is {codec.model_id}; {mend}")
+    codebooks = codec.quantizer.codebooks.float().cpu().numpy()
+    wrong = {name: value.dtype for name, value in tensors.items() if value.dtype != np.dtype(TYPES.get(name, "<i2"))}
+    if wrong or {name: value.shape for name, value in tensors.items()} != shapes_of(*codebooks.shape):
         raise ValueError(f"{path}: not the tensors of a prior; {mend}")
-    if belongs_to != model_id:
-        raise ValueError(f"{path}: knows codes of model {belongs_to}, this one is {model_id}; {mend}")
-    return IntegerPrior(tensors, model_id)
+    return IntegerPrior(tensors, codebooks, codec.model_id)
 
 
-def shapes_of(entries: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    """Of all tensors of a prior, by that of its entries [N, K, d]; {} where these cannot be."""
-    if len(entries) != 3 or min(entries) < 1 or entries[1] > MOST_ENTRIES:
-        return {}
-    n, k, d = entries
-    return {"entries": (n, k, d), "places": (n, k, d + 1), "bias": (n, k),
+def shapes_of(n: int, k: int, d: int) -> dict[str, tuple[int, ...]]:
+    """Of all tensors of a prior for n codebooks of k entries of d numbers."""
+    return {"spread": (d,), "scale": (n,), "bias": (n, k),
             "first.weight": (DIM, N_PAST * d), "first.bias": (DIM,), "second.weight": (DIM, DIM), "second.bias": (DIM,),
             "to_heads": (n, HEAD_DIM, DIM), "to_heads.bias": (n, HEAD_DIM), "from_sum": (n, HEAD_DIM, d),
             "to_place": (n, d + 1, HEAD_DIM), "to_place.bias": (n, d + 1)}  # fmt: skip
@@ -362,7 +376,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
                          "and goes when a run deletes that checkpoint: best the folder that you keep")  # fmt: skip
     command.add_argument("manifest", type=Path, help="manifest.jsonl, whose training split is coded")
     command.add_argument("--hours", type=float, default=3.0, help="of its speech, drawn at random (default 3)")
-    command.add_argument("--minutes", type=float, default=8.0, help="of training, after the coding (default 8)")
+    command.add_argument("--steps", type=int, default=4000, help="of training, after the coding (default 4000)")
     command.add_argument("--replace", action="store_true", help="a prior that is there; files coded by it are lost")
     command.add_argument("--device", default="cpu", help="where speech is coded: cpu (default), cuda, ...")
     command.add_argument("--which", choices=("latest", "best"), default="latest", help="checkpoint of a run")
@@ -372,7 +386,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
 def run(options: argparse.Namespace) -> None:
     """Fit a prior and put it beside the weights."""
     folder = resolve(options.checkpoint, options.which)
-    for name in ("hours", "minutes"):
+    for name in ("hours", "steps"):
         if not 0 < getattr(options, name) < math.inf:
             raise ValueError(f"--{name} {getattr(options, name):g}: expected more than 0")
     if (folder / FILE).exists() and not options.replace:
@@ -384,7 +398,7 @@ def run(options: argparse.Namespace) -> None:
         codec.to(options.device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {options.device}: {str(error).splitlines()[0]}; try cpu") from None
-    prior, rates = fit(codec, read_manifest(options.manifest, "train", codec.sample_rate), options.hours, options.minutes)
+    prior, rates = fit(codec, read_manifest(options.manifest, "train", codec.sample_rate), options.hours, options.steps)
     for n, (packed, coded) in rates.items():
         print(f"{n} codebooks: {packed:.2f} kbps packed, {coded:.2f} coded, {100 * (1 - coded / packed):.0f} % less")
     write_atomically(folder / FILE, file_bytes(prior))

@@ -98,7 +98,7 @@ def open_neural(kind: str, source: str) -> NeuralCodec:
 
 def _open_ours(source: str) -> NeuralCodec:
     codec = Codec.from_pretrained(source)
-    known = prior.load(resolve(source), codec.model_id)
+    known = prior.load(resolve(source), codec)
     return NeuralCodec(
         codec.sample_rate, codec.hop_length, codec.codebook_size, trained_counts(codec.config),
         _fingerprint(codec, {**to_dict(codec.config), "prior": known and known.id}), sum(p.numel() for p in codec.parameters()),

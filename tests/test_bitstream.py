@@ -159,7 +159,8 @@ def test_a_gain_reads_back_and_without_one_the_file_is_what_older_programs_read(
 @pytest.fixture(scope="module")
 def prior():
     torch.manual_seed(0)
-    return IntegerPrior(rounded(CodePrior(torch.randn(3, 1000, 8), torch.ones(8))), HEADER.model_id)
+    codebooks = torch.randn(3, 1000, 8)
+    return IntegerPrior(rounded(CodePrior(codebooks, torch.ones(8))), codebooks.numpy(), HEADER.model_id)
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +181,8 @@ def test_an_entropy_coded_file_reads_back_by_the_prior_that_wrote_it_only(tmp_pa
     assert written == replace(LONG, prior=prior.id, n_bytes=written.payload_bytes) and path.read_bytes()[4] == 3
     read, header = read_codes(path, prior)
     assert torch.equal(read, likely) and read.dtype == torch.int64 and header == read_header(path) == written
-    other = IntegerPrior({name: value + 1 for name, value in prior.tensors.items()}, HEADER.model_id)
+    tensors = {name: value + 1 for name, value in prior.tensors.items()}
+    other = IntegerPrior(tensors, np.ones((3, 1000, 8), np.float32), HEADER.model_id)
     for wrong in (None, other):
         with pytest.raises(ValueError, match=f"a.codec: entropy coded by prior {prior.id}, "):
             read_codes(path, wrong)

@@ -1,6 +1,8 @@
 import hashlib
 import math
 import shutil
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -53,13 +55,13 @@ def speech():
 def trained(speech):
     codebooks, codes = speech
     prior = CodePrior(codebooks, torch.stack([codebooks[i][codes[:, i]] for i in range(N)]).sum(0).std(0))
-    train(prior, Frames(codes[:5000], torch.arange(5000)), [2, N], 6.0)
+    train(prior, Frames(codes[:5000], torch.arange(5000)), [2, N], 400)
     return prior
 
 
 @pytest.fixture(scope="module")
-def integers(trained):
-    return IntegerPrior(rounded(trained), "0123456789abcdef")
+def integers(trained, speech):
+    return IntegerPrior(rounded(trained), speech[0].numpy(), "0123456789abcdef")
 
 
 def order_zero_bits(codes):
@@ -110,10 +112,11 @@ def test_every_sum_is_exact(integers):
 def test_what_is_written_stays_as_it_is():
     """Of whole numbers alone: any change here is one of the format, which wants a version of its own."""
     rng = np.random.RandomState(0)  # whose numbers never change
-    tensors = {name: rng.randint(-3000, 3000, shape) for name, shape in shapes_of((N, K, D)).items()}
-    prior = IntegerPrior(tensors, "0123456789abcdef")
+    tensors = {name: rng.randint(-3000, 3000, shape) for name, shape in shapes_of(N, K, D).items()}
+    tensors |= {"spread": rng.randint(1, 9, D) / 3, "scale": rng.randint(1, 9000, N)}
+    prior = IntegerPrior(tensors, rng.randint(-999, 999, (N, K, D)).astype(np.float32) / 256, "0123456789abcdef")
     data = prior.write(rng.randint(K, size=(N, 2 * SEGMENT_FRAMES + 9)))
-    assert (prior.id, hashlib.sha256(data).hexdigest()[:16]) == ("12401fb680155c77", "7baa30c3e7cf8cb5")
+    assert (prior.id, hashlib.sha256(data).hexdigest()[:16]) == ("5a9f460b6b3dfd98", "9020da9a6e304d89")
 
 
 def test_frequencies_are_a_distribution_that_leaves_nothing_out(integers):
@@ -138,29 +141,50 @@ def test_bytes_that_are_not_so_many_codes_are_refused(integers, speech):
             integers.read(damaged, N, codes.shape[1])
 
 
-def test_it_is_kept_beside_the_weights_of_its_model_only(tmp_path, integers):
-    assert load(tmp_path, "0123456789abcdef") is None
+def test_places_are_those_of_the_floating_point_network(trained, integers):
+    """By hand: entries in units of their spread, and their squared lengths, over the deviation of all of both."""
+    entries = trained.entries
+    places = torch.cat([entries, entries.square().sum(2, keepdim=True)], 2)
+    places /= places.std((1, 2), keepdim=True)
+    assert np.abs(integers.places.swapaxes(1, 2) / ONE - places.numpy()).max() < 0.03
+    assert np.array_equal(integers.entries / ONE, entries.numpy())
+
+
+class OfCodec(NamedTuple):
+    """What `load` asks of a codec."""
+
+    model_id: str
+    quantizer: SimpleNamespace
+
+
+@pytest.fixture
+def its_codec(speech):
+    return OfCodec("0123456789abcdef", SimpleNamespace(codebooks=speech[0]))
+
+
+def test_it_is_kept_beside_the_weights_of_its_model_only(tmp_path, integers, its_codec):
+    assert load(tmp_path, its_codec) is None
     (tmp_path / "prior.safetensors").write_bytes(file_bytes(integers))
-    again = load(tmp_path, "0123456789abcdef")
-    assert again.id == integers.id
+    again = load(tmp_path, its_codec)
+    assert again.id == integers.id and np.array_equal(again.places, integers.places)
     with pytest.raises(ValueError, match="prior.safetensors: knows codes of model 0123456789abcdef, this one is ffff"):
-        load(tmp_path, "ffff")
+        load(tmp_path, its_codec._replace(model_id="ffff"))
     (tmp_path / "prior.safetensors").write_bytes(b"damaged")
     with pytest.raises(ValueError, match="prior.safetensors: cannot be read"):
-        load(tmp_path, "0123456789abcdef")
+        load(tmp_path, its_codec)
 
 
 @pytest.mark.parametrize("change", [
-    lambda t: t.pop("places"), lambda t: t.update(entries=t["entries"][0]), lambda t: t.update(more=t["bias"]),
+    lambda t: t.pop("bias"), lambda t: t.update(bias=t["bias"][0]), lambda t: t.update(more=t["bias"]),
     lambda t: t.update(to_heads=t["to_heads"][:-1]), lambda t: t.update(bias=t["bias"].astype(np.int32)),
-    lambda t: t.pop("entries"), lambda t: t.update(entries=np.zeros((1, 2**17, 1), np.int16)),
+    lambda t: t.update(spread=t["spread"].astype(np.int16)), lambda t: t.clear(),
 ])  # fmt: skip
-def test_tensors_that_are_no_prior_are_refused_in_one_line(tmp_path, integers, change):
+def test_tensors_that_are_no_prior_are_refused_in_one_line(tmp_path, integers, its_codec, change):
     tensors = dict(integers.tensors)
     change(tensors)
     save_file(tensors, tmp_path / "prior.safetensors", {"model_id": "0123456789abcdef"})
     with pytest.raises(ValueError, match="prior.safetensors: not the tensors of a prior; make it anew"):
-        load(tmp_path, "0123456789abcdef")
+        load(tmp_path, its_codec)
 
 
 # ------------------------------------------------------------------------------ for a codec, by the command
@@ -175,7 +199,7 @@ def codec_folder(manifest, tmp_path_factory):
     codec = Codec(config.model)
     start_codebooks(codec, open_data(config)[0].segments, config, torch.device("cpu"))
     codec.eval().save_pretrained(folder)
-    assert main(["prior", str(folder), str(manifest), "--minutes", "0.1"]) == 0
+    assert main(["prior", str(folder), str(manifest), "--steps", "400"]) == 0
     return folder
 
 
@@ -231,7 +255,7 @@ def test_a_file_of_another_prior_is_refused_in_one_line_and_nothing_is_written(c
 
 
 @pytest.mark.parametrize(("more", "line"), [
-    ([], "exists, and no other reads the files that it coded"), (["--replace", "--minutes", "0"], "--minutes 0: expected more"),
+    ([], "exists, and no other reads the files that it coded"), (["--replace", "--steps", "0"], "--steps 0: expected more"),
     (["--replace", "--hours", "nan"], "--hours nan: expected"), (["--replace", "--device", "nowhere"], "--device nowhere: "),
 ])  # fmt: skip
 def test_what_cannot_be_is_said_before_anything_is_coded(codec_folder, manifest, capsys, monkeypatch, more, line):

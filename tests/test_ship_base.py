@@ -38,7 +38,7 @@ def run(manifest, tmp_path_factory) -> Path:
     stats = {"hours": 0.5, "n_recordings": 12, "splits": {"train": part, "val": part}}
     (folder / "speech/stats.json").write_text(json.dumps(stats))
     train(tiny_config([], folder / "speech/manifest.jsonl"), folder / "tiny", False, torch.device("cpu"))
-    assert main(["prior", str(folder / "tiny"), str(folder / "speech/manifest.jsonl"), "--minutes", "0.02"]) == 0
+    assert main(["prior", str(folder / "tiny"), str(folder / "speech/manifest.jsonl"), "--steps", "2"]) == 0
     return folder / "tiny"
 
 
