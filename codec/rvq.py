@@ -16,7 +16,7 @@ from codec.layers import ConvNeXtBlock, reach_in_samples
 LAPLACE_EPSILON = 1e-5
 REVIVALS_PER_STEP = 128  # dead codes replaced in one update, per codebook
 REFIT_BEAM, REFIT_ROUNDS, REFIT_SWEEPS = 4, 9, 3  # `refit_codebooks`; more rounds take off less than 1 % of the error each
-BEAM_FRAMES = 128  # searched at once: distances to all entries from all sums kept take memory
+BEAM_FRAMES = 64  # searched at once: distances to all entries from all sums kept take memory
 
 
 class QuantizerOutput(NamedTuple):
@@ -64,8 +64,10 @@ def _beam_search(x: Tensor, codebooks: Tensor, width: int) -> list[Tensor]:
     residuals, paths = x[:, None], torch.zeros(len(x), 1, 0, dtype=torch.int64, device=x.device)
     for i, codebook in enumerate(codebooks):
         m, w, d = residuals.shape
-        distance = torch.addmm(codebook.square().sum(1), residuals.reshape(-1, d), codebook.T, alpha=-2).view(m, w, -1)
-        distance += residuals.square().sum(-1, keepdim=True)
+        # |r|² - 2 r e + |e|² as one product, which goes through memory once
+        left = torch.cat([residuals, residuals.square().sum(-1, keepdim=True), torch.ones_like(residuals[..., :1])], -1)
+        right = torch.cat([-2 * codebook, torch.ones_like(codebook[:, :1]), codebook.square().sum(1, keepdim=True)], 1)
+        distance = (left.view(-1, d + 2) @ right.T).view(m, w, -1)
         best = smallest(distance.flatten(1), 1 if i == len(codebooks) - 1 else min(width, distance[0].numel()))
         parent, code = best[..., None] // len(codebook), best % len(codebook)
         paths = torch.cat([paths.gather(1, parent.expand(-1, -1, i)), code[..., None]], -1)
