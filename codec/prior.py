@@ -357,6 +357,8 @@ def load(folder: Path, codec: Codec) -> IntegerPrior | None:
     wrong = {name: value.dtype for name, value in tensors.items() if value.dtype != np.dtype(TYPES.get(name, "<i2"))}
     if wrong or {name: value.shape for name, value in tensors.items()} != shapes_of(*codebooks.shape):
         raise ValueError(f"{path}: not the tensors of a prior; {mend}")
+    if not (np.isfinite(tensors["spread"]).all() and tensors["spread"].min() > 0 and tensors["scale"].min() > 0):
+        raise ValueError(f"{path}: a spread or scale that is not above 0; {mend}")
     return IntegerPrior(tensors, codebooks, codec.model_id)
 
 

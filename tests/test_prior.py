@@ -187,6 +187,15 @@ def test_tensors_that_are_no_prior_are_refused_in_one_line(tmp_path, integers, i
         load(tmp_path, its_codec)
 
 
+@pytest.mark.parametrize(("name", "value"), [("spread", 0), ("spread", np.nan), ("spread", np.inf), ("scale", -1)])
+def test_a_spread_or_scale_that_cannot_be_divided_by_is_refused(tmp_path, integers, its_codec, name, value):
+    tensors = {**integers.tensors, name: integers.tensors[name].copy()}
+    tensors[name][1] = value
+    save_file(tensors, tmp_path / "prior.safetensors", {"model_id": "0123456789abcdef"})
+    with pytest.raises(ValueError, match="prior.safetensors: a spread or scale that is not above 0; make it anew"):
+        load(tmp_path, its_codec)
+
+
 # ------------------------------------------------------------------------------ for a codec, by the command
 
 
