@@ -409,6 +409,20 @@ def test_a_beam_wide_enough_finds_the_best_of_all_sums_and_a_greedy_one_does_not
     assert greedy.mean() > 1.2 * best.mean()  # the known wrong version: a beam that forgets all but the nearest
 
 
+def test_a_beam_through_entries_near_to_the_mean_of_its_sums_loses_little_to_one_through_all(monkeypatch):
+    quantizer = EMAResidualVQ(EMAQuantizerConfig("ema", 8, 256, 32), 32)
+    quantizer.init_codebooks(torch.randn(1, 32, 3000, generator=torch.Generator().manual_seed(0)), 3000)
+    x = torch.randn(300, 32, generator=torch.Generator().manual_seed(1))
+
+    def error(n_near: int, width: int) -> float:
+        monkeypatch.setattr("codec.rvq.NEAR", n_near)
+        return errors(x, quantizer.codebooks, beam_search(x, quantizer.codebooks, width)[-1]).mean()
+
+    through_all = error(256, 8)
+    assert through_all < error(64, 8) < 1.035 * through_all  # near to the best sum alone: 1.042
+    assert error(1, 8) > 1.15 * through_all and error(256, 1) > 1.25 * through_all  # one entry for all sums; one sum
+
+
 @pytest.mark.parametrize("n", [1, 7])
 def test_the_smallest_are_found_by_blocks(n):
     x = torch.randn(50, 640, generator=torch.Generator().manual_seed(0))
