@@ -16,8 +16,8 @@ from codec.layers import ConvNeXtBlock, reach_in_samples
 LAPLACE_EPSILON = 1e-5
 REVIVALS_PER_STEP = 128  # dead codes replaced in one update, per codebook
 REFIT_BEAM, REFIT_ROUNDS, REFIT_SWEEPS = 4, 9, 3  # `refit_codebooks`; more rounds take off less than 1 % of the error each
-NEAR = 128  # entries that a beam goes on with, those nearest to the mean of what its sums leave over; of all, 1 % better
-BEAM_FRAMES = 128  # searched at once: the entries near to each, and their distances from all sums kept, take memory
+NEAR = 96  # entries that a beam goes on with, those nearest to the mean of what its sums leave; of all, 2 % better
+BEAM_FRAMES = 256  # searched at once: the entries near to each, and their distances from all sums kept, take memory
 
 
 class QuantizerOutput(NamedTuple):
