@@ -341,7 +341,7 @@ def check_arithmetic(config: Config, train: list[Utterance], wavs: list[np.ndarr
         judge("arithmetic", total < 1000 and not config.train.init_from, "published: " + "; ".join(
               f"{p.name} {p.steps:,} steps, {p.hours:,.0f} h seen" for p in PUBLISHED),
               f"{total:,} steps from scratch are too few to learn anything: set phases.*.steps, or train.init_from"),
-        judge("arithmetic", frames < codec.codebook_size,
+        judge("arithmetic", frames < codec.codebook_size and "quantizer" not in config.train.freeze,
               f"{frames:,} latent frames an update for {codec.codebook_size:,} entries of a codebook"
               + (": most get no frame at all" if frames < codec.codebook_size / 4 else ""),
               f"data.batch_size={-(-codec.codebook_size * codec.hop_length // data.segment_samples)} or longer segments "

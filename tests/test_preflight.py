@@ -126,6 +126,8 @@ def test_frames_of_an_update_are_compared_with_codebook_entries(codebook_size, l
     assert check.level == level and ("most get no frame" in check.message) == strong
     if level == "warning":
         assert f"data.batch_size={math.ceil(codebook_size / 100)} " in check.mend
+        frozen = tiny_config([*sizes, "train.freeze=[encoder, quantizer]"])  # codebooks that learn nothing need no frames
+        assert found(check_arithmetic(frozen, LONG_FILES, []), "latent frames").level == "ok"
 
 
 def test_a_segment_shorter_than_the_receptive_field_is_named():
