@@ -1,48 +1,8 @@
 """Speech of eleven Debian packages, what the package's own model was trained and validated on, or of three of them.
 
     python benchmarks/base_speech.py data/wide/raw --wide       # 6.5 h to train on; without --wide three packages, 2.4 h
-    python prepare_speaker_data.py data/wide/raw data/wide/speech --sample_rate 24000 --metadata data/wide/raw/metadata.csv \\
-        --min_s 0.3 --no_balance
 
-The dialogues of one game, fi_*, were recorded poorly, so the last stage, for which recordings are what is to be sounded
-like, leaves them out:
-
-    grep -v '"speaker": "fi_' data/wide/speech/manifest.jsonl > data/wide/speech/clear.jsonl
-    python benchmarks/distillation/teachers.py data/teachers       # a Whisper, for the stages after the first
-    python train_codec_gan.py --config configs/base_cpu.yaml \\
-        --set data.manifest=data/wide/speech/manifest.jsonl train.precision=bf16
-    python train_codec_gan.py --config configs/base_cpu_heard.yaml \\
-        --set data.manifest=data/wide/speech/manifest.jsonl train.precision=bf16
-    python train_codec_gan.py --config configs/base_cpu_heard.yaml --run_dir runs/base_cpu_louder \\
-        --set data.manifest=data/wide/speech/manifest.jsonl train.precision=bf16 \\
-        train.init_from=runs/base_cpu_heard loss_weights.whisper=1.0
-    python benchmarks/mean_of_weights.py runs/base_cpu_louder runs/base_cpu_heard 0.5 runs/base_cpu_between --all
-    python train_codec_gan.py --config configs/base_cpu_finish.yaml \\
-        --set data.manifest=data/wide/speech/clear.jsonl train.precision=bf16
-    python train_codec_gan.py --config configs/base_cpu_finish.yaml --run_dir runs/base_cpu_clear \\
-        --set data.manifest=data/wide/speech/clear.jsonl train.precision=bf16 train.init_from=runs/base_cpu_finish \\
-        train.refit_frames=0 train.disc_warmup_steps=0 optim.lr_g=2.5e-4 optim.lr_d=5.0e-4 optim.warmup_steps=50 \\
-        optim.ema_decay=0.998 loss_weights.cspec=10 \\
-        "phases=[{name: last, steps: 500, set: {loss_weights.adv: 0.1, loss_weights.feat: 0.4}}]"
-    python train_codec_gan.py --config configs/base_cpu_finish.yaml --run_dir runs/base_cpu_last \\
-        --set data.manifest=data/wide/speech/clear.jsonl train.precision=bf16 train.init_from=runs/base_cpu_clear \\
-        train.refit_frames=0 train.disc_warmup_steps=0 optim.lr_g=2.5e-4 optim.lr_d=5.0e-4 optim.warmup_steps=50 \\
-        optim.ema_decay=0.998 loss_weights.cspec=20 \\
-        "phases=[{name: last, steps: 500, set: {loss_weights.adv: 0.05, loss_weights.feat: 0.2}}]"
-    python train_codec_gan.py --config configs/base_cpu_heard.yaml --run_dir runs/told \\
-        --set data.manifest=data/wide/speech/manifest.jsonl train.init_from=runs/base_cpu_last train.seed=7 \\
-        model.quantizer.n_codebooks=16 "model.quantizer.dropout_counts=[4, 8, 12]" loss_weights.whisper=1.5 \\
-        loss_weights.cspec=10 "discriminators.sets=[{type: mrd, windows: [1536, 384], channels: 16}]" \\
-        "phases=[{name: heard, steps: 1200, set: {loss_weights.adv: 0.0, loss_weights.feat: 0.0}}]"
-    python benchmarks/mean_of_weights.py runs/told runs/base_cpu_last 0.5 runs/told_mean
-    python train_codec_gan.py --config configs/base_cpu_finish.yaml --run_dir runs/fine \\
-        --set data.manifest=data/wide/speech/clear.jsonl train.init_from=runs/told_mean train.seed=8 \\
-        train.refit_frames=200000 train.disc_warmup_steps=0 optim.warmup_steps=100 optim.ema_decay=0.998 \\
-        model.quantizer.n_codebooks=14 "model.quantizer.dropout_counts=[4, 8]" loss_weights.whisper=3.5 \\
-        loss_weights.cspec=10 \\
-        "phases=[{name: finish, steps: 900, set: {loss_weights.adv: 0.2, loss_weights.feat: 0.8}},
-                 {name: settle, steps: 400, set: {loss_weights.adv: 0.1, loss_weights.feat: 0.4}}]"
-    codec prior runs/fine data/wide/speech/manifest.jsonl --hours 2
+How it is prepared, and what is trained on it: train_base.sh.
 
 es and el are left out of all, for tests. Where packages do not name who speaks, a language of a package counts as a speaker.
 Validation: Danish of tuxpaint, and with --wide the Italian man and the Russian woman of Asterisk's prompts. Those

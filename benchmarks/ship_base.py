@@ -25,6 +25,7 @@ from codec.pretrained import BASE
 from codec.runlog import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
+TRAIN = ROOT / "benchmarks/train_base.sh"  # stands in the card
 sys.path.insert(0, str(ROOT / "benchmarks/failures"))
 import curves  # noqa: E402
 
@@ -56,48 +57,10 @@ phonemes, DistillMOS and the others are heard by networks that training did not 
 
 ## Training
 
+`benchmarks/train_base.sh`:
+
 ```bash
-make eval    # whose languages --wide asks for
-python benchmarks/base_speech.py data/wide/raw --wide
-python prepare_speaker_data.py data/wide/raw data/wide/speech --sample_rate 24000 --metadata data/wide/raw/metadata.csv \\
-    --min_s 0.3 --no_balance
-grep -v '"speaker": "fi_' data/wide/speech/manifest.jsonl > data/wide/speech/clear.jsonl
-python benchmarks/distillation/teachers.py data/teachers    # a Whisper, for the stages after the first
-python train_codec_gan.py --config configs/base_cpu.yaml \\
-    --set data.manifest=data/wide/speech/manifest.jsonl train.precision=bf16
-python train_codec_gan.py --config configs/base_cpu_heard.yaml \\
-    --set data.manifest=data/wide/speech/manifest.jsonl train.precision=bf16
-python train_codec_gan.py --config configs/base_cpu_heard.yaml --run_dir runs/base_cpu_louder \\
-    --set data.manifest=data/wide/speech/manifest.jsonl train.precision=bf16 \\
-    train.init_from=runs/base_cpu_heard loss_weights.whisper=1.0
-python benchmarks/mean_of_weights.py runs/base_cpu_louder runs/base_cpu_heard 0.5 runs/base_cpu_between --all
-python train_codec_gan.py --config configs/base_cpu_finish.yaml \\
-    --set data.manifest=data/wide/speech/clear.jsonl train.precision=bf16
-python train_codec_gan.py --config configs/base_cpu_finish.yaml --run_dir runs/base_cpu_clear \\
-    --set data.manifest=data/wide/speech/clear.jsonl train.precision=bf16 train.init_from=runs/base_cpu_finish \\
-    train.refit_frames=0 train.disc_warmup_steps=0 optim.lr_g=2.5e-4 optim.lr_d=5.0e-4 optim.warmup_steps=50 \\
-    optim.ema_decay=0.998 loss_weights.cspec=10 \\
-    "phases=[{{name: last, steps: 500, set: {{loss_weights.adv: 0.1, loss_weights.feat: 0.4}}}}]"
-python train_codec_gan.py --config configs/base_cpu_finish.yaml --run_dir runs/base_cpu_last \\
-    --set data.manifest=data/wide/speech/clear.jsonl train.precision=bf16 train.init_from=runs/base_cpu_clear \\
-    train.refit_frames=0 train.disc_warmup_steps=0 optim.lr_g=2.5e-4 optim.lr_d=5.0e-4 optim.warmup_steps=50 \\
-    optim.ema_decay=0.998 loss_weights.cspec=20 \\
-    "phases=[{{name: last, steps: 500, set: {{loss_weights.adv: 0.05, loss_weights.feat: 0.2}}}}]"
-python train_codec_gan.py --config configs/base_cpu_heard.yaml --run_dir runs/told \\
-    --set data.manifest=data/wide/speech/manifest.jsonl train.init_from=runs/base_cpu_last train.seed=7 \\
-    model.quantizer.n_codebooks=16 "model.quantizer.dropout_counts=[4, 8, 12]" loss_weights.whisper=1.5 \\
-    loss_weights.cspec=10 "discriminators.sets=[{{type: mrd, windows: [1536, 384], channels: 16}}]" \\
-    "phases=[{{name: heard, steps: 1200, set: {{loss_weights.adv: 0.0, loss_weights.feat: 0.0}}}}]"
-python benchmarks/mean_of_weights.py runs/told runs/base_cpu_last 0.5 runs/told_mean
-python train_codec_gan.py --config configs/base_cpu_finish.yaml --run_dir runs/fine \\
-    --set data.manifest=data/wide/speech/clear.jsonl train.init_from=runs/told_mean train.seed=8 \\
-    train.refit_frames=200000 train.disc_warmup_steps=0 optim.warmup_steps=100 optim.ema_decay=0.998 \\
-    model.quantizer.n_codebooks=14 "model.quantizer.dropout_counts=[4, 8]" loss_weights.whisper=3.5 \\
-    loss_weights.cspec=10 \\
-    "phases=[{{name: finish, steps: 900, set: {{loss_weights.adv: 0.2, loss_weights.feat: 0.8}}}},
-             {{name: settle, steps: 400, set: {{loss_weights.adv: 0.1, loss_weights.feat: 0.4}}}}]"
-codec prior runs/fine data/wide/speech/manifest.jsonl --hours 2
-```
+{commands}```
 
 On {machine}; the last stage took {minutes:.0f} minutes for {step} updates. {history}Curves: `docs/base/`.
 
@@ -183,7 +146,8 @@ def ship(run: Path, evaluations: list[Path], below: str, history: str, machine: 
             parameters=n_weights(codec.state_dict()) / 1e6, hours=hours, last_hours=last_hours,
             below=below + " " * bool(below), history=history + " " * bool(history),
             ahead_ms=1000 * frames / codec.frame_rate_hz, tables="\n\n".join(table(r) for r in results),
-            machine=machine, minutes=trained_minutes(rows), step=step, training=training.replace("## ", "### "),
+            commands=TRAIN.read_text(encoding="utf-8"), training=training.replace("## ", "### "),
+            machine=machine, minutes=trained_minutes(rows), step=step,
         )  # fmt: skip
         write_atomically(new / "README.md", card)
         curves_drawn = draw_curves(run)
