@@ -1,5 +1,6 @@
 """The model that comes with the package: there, small, the default, and something to fine-tune from."""
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -147,3 +148,28 @@ def test_speech_of_the_languages_tested_on_is_never_laid_out(tmp_path):
     rows = base_speech.lay_out(tmp_path / "in", source, tmp_path / "out")
     assert rows == [("xx_de/deep-de.ogg", "xx_de", "train"), ("xx_fr/a.ogg", "xx_fr", "train")]
     assert sorted(path.name for path in (tmp_path / "out").rglob("*.ogg")) == ["a.ogg", "deep-de.ogg"]
+
+
+def test_the_script_that_trains_it_goes_from_stage_to_stage_and_ends_with_its_config(base, tmp_path):
+    script = tmp_path / "benchmarks/train_base.sh"
+    script.parent.mkdir()
+    script.write_text((ROOT / "benchmarks/train_base.sh").read_text())
+    for there in ("data/wide/speech/clear.jsonl", "data/teachers/whisper-base", "bin/python", "bin/codec"):
+        (tmp_path / there).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / there).write_text(f"#!{sys.executable}\nimport json, sys; print(json.dumps(sys.argv[1:]))")
+        (tmp_path / there).chmod(0o755)
+    path = f"{tmp_path}/bin:/usr/bin:/bin"
+    ran = subprocess.run(["bash", script], env={"PATH": path}, capture_output=True, check=True, text=True)
+    runs = []
+    for program, *arguments in map(json.loads, ran.stdout.splitlines()):
+        if program == "train_codec_gan.py":
+            of = {name: arguments[arguments.index(name) + 1] for name in ("--config", "--run_dir")}
+            config = load_config(ROOT / of["--config"], arguments[arguments.index("--set") + 1 :])
+            assert config.train.init_from in ("", *runs)
+            runs.append(of["--run_dir"])
+        elif program == "benchmarks/mean_of_weights.py":
+            assert set(arguments[:2]) <= set(runs)
+            runs.append(arguments[3])
+    shipped = load_config(BASE / "config.yaml")
+    assert (config.model, config.loss_weights, config.optim) == (shipped.model, shipped.loss_weights, shipped.optim)
+    assert (config.phases, config.discriminators) == (shipped.phases, shipped.discriminators)
